@@ -1,0 +1,1 @@
+"""Unlearn a subset or a class of the training data."""

@@ -1,0 +1,1 @@
+"""Know, with error bars, whether any of it worked."""

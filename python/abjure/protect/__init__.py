@@ -1,0 +1,1 @@
+"""Publish data that a model cannot learn from."""

@@ -1,0 +1,1 @@
+"""Find, watch, remove, add or gate refusal in a language model."""

@@ -1,0 +1,1 @@
+//! Unlearning: Fisher importance and dampening.

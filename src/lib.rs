@@ -1,0 +1,23 @@
+//! abjure: kernels to study and change what a trained model refuses, forgets and can learn.
+//!
+//! The foundations ([`element`], [`simd`], [`par`], [`view`], [`moments`], [`linalg`], [`cancel`],
+//! [`error`]) know nothing of the wings ([`forget`], [`refuse`], [`protect`]), and the wings know
+//! nothing of each other. Python is named only in `python/`, behind the feature of that name.
+
+pub mod cancel;
+pub mod element;
+pub mod error;
+pub mod forget;
+pub mod linalg;
+pub mod moments;
+pub mod par;
+pub mod protect;
+pub mod refuse;
+pub mod simd;
+pub mod stream;
+pub mod view;
+
+#[cfg(feature = "python")]
+mod python;
+
+pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! Linear algebra the wings share: orthonormal bases and matrix products.

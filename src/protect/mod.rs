@@ -1,0 +1,1 @@
+//! Protecting data: Bayes error of kernel density posteriors, and its gradient.

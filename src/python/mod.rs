@@ -1,0 +1,22 @@
+//! The extension module `abjure._native`: argument intake, the detached call, and nothing else.
+
+use pyo3::prelude::*;
+
+mod array;
+mod decoding;
+mod directions;
+mod errors;
+mod forget;
+mod long;
+mod protect;
+mod system;
+
+#[pymodule(gil_used = false)]
+fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    system::register(m)?;
+    forget::register(m)?;
+    directions::register(m)?;
+    decoding::register(m)?;
+    protect::register(m)
+}

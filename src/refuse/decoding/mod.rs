@@ -1,0 +1,1 @@
+//! Token-wise logit bias, gates and phrase automata while decoding.

@@ -1,0 +1,1 @@
+//! Directions: estimate, project, ablate, steer; activations and weights.

@@ -1,0 +1,137 @@
+//! Reductions in a fixed order: [`LANES`] accumulators per block, a fixed tree, blocks summed in f64.
+//!
+//! All functions here are `#[inline(always)]` bodies, to be called from inside a [`super::Kernel`].
+
+use crate::element::{Element, Real};
+
+/// Independent accumulators of every reduction, whatever the register width.
+pub const LANES: usize = 64;
+/// Elements summed in the arithmetic type before the partial sum is widened to f64.
+const BLOCK: usize = 1024;
+
+#[inline(always)]
+fn tree<R: Real>(mut acc: [R; LANES]) -> R {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            acc[i] += acc[i + width];
+        }
+        width /= 2;
+    }
+    acc[0]
+}
+
+#[inline(always)]
+fn sum_by<R: Real>(len: usize, term: impl Fn(usize) -> R) -> f64 {
+    let mut total = 0.0;
+    let mut start = 0;
+    while start < len {
+        let end = (start + BLOCK).min(len);
+        let mut acc = [R::ZERO; LANES];
+        let mut i = start;
+        while i + LANES <= end {
+            for (lane, a) in acc.iter_mut().enumerate() {
+                *a += term(i + lane);
+            }
+            i += LANES;
+        }
+        for (lane, a) in acc.iter_mut().enumerate().take(end - i) {
+            *a += term(i + lane);
+        }
+        total += tree(acc).to_f64();
+        start = end;
+    }
+    total
+}
+
+/// `Σ x_i q_i`: products and sums of at most 16 + 6 terms in the arithmetic type, then f64. The error is at most
+/// `24 u Σ|x_i q_i|`, u the unit roundoff of the arithmetic type.
+#[inline(always)]
+pub fn dot<T: Element>(x: &[T], q: &[T::Acc]) -> f64 {
+    let n = x.len().min(q.len());
+    let (x, q) = (&x[..n], &q[..n]);
+    sum_by(n, |i| x[i].load() * q[i])
+}
+
+/// `Σ x_i` with every addition in f64.
+#[inline(always)]
+pub fn sum_f64<T: Element>(x: &[T]) -> f64 {
+    sum_by(x.len(), |i| x[i].load().to_f64())
+}
+
+/// `Σ x_i²` with every product and addition in f64.
+#[inline(always)]
+pub fn sum_squares_f64<T: Element>(x: &[T]) -> f64 {
+    sum_by(x.len(), |i| {
+        let v = x[i].load().to_f64();
+        v * v
+    })
+}
+
+/// The largest element, or −∞ of an empty slice; NaN are passed over.
+#[inline(always)]
+pub fn max<T: Element>(x: &[T]) -> T::Acc {
+    let mut acc = [-T::Acc::INFINITY; LANES];
+    let mut chunks = x.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (a, v) in acc.iter_mut().zip(chunk) {
+            *a = v.load().greater(*a);
+        }
+    }
+    for (a, v) in acc.iter_mut().zip(chunks.remainder()) {
+        *a = v.load().greater(*a);
+    }
+    acc.into_iter().fold(-T::Acc::INFINITY, |m, v| v.greater(m))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Kernel, dispatch, for_each_level};
+    use half::bf16;
+    use proptest::prelude::*;
+
+    struct Dot<'a, T: Element>(&'a [T], &'a [T::Acc]);
+    impl<T: Element> Kernel for Dot<'_, T> {
+        type Output = (f64, f64, f64, T::Acc);
+        #[inline(always)]
+        fn run(self) -> Self::Output {
+            (
+                dot(self.0, self.1),
+                sum_f64(self.0),
+                sum_squares_f64(self.0),
+                max(self.0),
+            )
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn within_bound_and_equal_on_every_level(
+            x in prop::collection::vec(-1e3f32..1e3, 0..3000),
+            seed in any::<u64>(),
+        ) {
+            let q: Vec<f32> = (0..x.len())
+                .map(|i| ((seed.wrapping_mul(2 * i as u64 + 1) >> 40) as f32) / 1e7 - 0.5)
+                .collect();
+            let half: Vec<bf16> = x.iter().map(|v| bf16::from_f32(*v)).collect();
+            let exact: f64 = x.iter().zip(&q).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            let scale: f64 = x.iter().zip(&q).map(|(a, b)| (f64::from(*a) * f64::from(*b)).abs()).sum();
+            let mut seen = None;
+            for_each_level(|_| {
+                let got = dispatch(Dot(&x, &q));
+                let got_half = dispatch(Dot(&half, &q));
+                assert!((got.0 - exact).abs() <= 24.0 * f64::from(f32::EPSILON) / 2.0 * scale + 1e-30);
+                let bits = (got.0.to_bits(), got.1.to_bits(), got.2.to_bits(), got.3.to_bits(), got_half.0.to_bits());
+                assert_eq!(*seen.get_or_insert(bits), bits);
+            });
+        }
+    }
+
+    #[test]
+    fn max_of_empty_and_of_nan() {
+        assert_eq!(max::<f32>(&[]), f32::NEG_INFINITY);
+        assert_eq!(max(&[f32::NAN, 2.0, f32::NEG_INFINITY]), 2.0);
+    }
+}
