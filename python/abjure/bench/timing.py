@@ -42,7 +42,7 @@ def compare(
     reset: Callable[[], object] | None = None,
     repeats: int = 5,
 ) -> tuple[float, float]:
-    """Median seconds of ``ours`` and ``baseline``, run in turn after one warm-up each; ``reset`` runs untimed before each."""
+    """Median seconds of ``ours`` and ``baseline``, in turn after a warm-up each; ``reset`` runs untimed before each."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for side, call in enumerate((ours, baseline)):
