@@ -1,0 +1,21 @@
+"""The code blocks of the README run as written, in order, in one namespace per page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    assert blocks, f"{page} has no Python blocks"
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {"__name__": "__readme__"}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"{page}:block {i + 1}", "exec"), scope)
