@@ -68,7 +68,7 @@ class Contrast:
             raise DeviceError(f"x: expected a CPU tensor, got device {str(x.device)!r}; means are kept on the CPU")
         width = _width(x)
         rows = source(x, "x")
-        labels = integers(label, "label")
+        labels = integers(label, "label").reshape(np.shape(label))
         if not np.isin(labels, (0, 1)).all():
             raise ArgumentError(f"label: expected 0 or 1, got {np.setdiff1d(labels, (0, 1))[0]}")
         if labels.ndim and labels.shape != tuple(rows.shape[:-1]):

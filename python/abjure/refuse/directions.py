@@ -454,6 +454,8 @@ def steering_edit(v: Any, width: int, scale: float, *, unit: bool = False, prese
     """The :class:`Edit` that adds ``scale · v`` to rows of ``width``."""
     vector = _vector(v, "v", width)
     if unit:
+        if not vector.any():
+            raise DegenerateError("v: every element is zero, so it has no unit vector")
         vector = orthonormal_basis(vector)[0]
     return Edit(width, shift=_finite(scale, "scale") * vector, preserve_norm=preserve_norm)
 

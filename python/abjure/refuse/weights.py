@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import _native
 from .._interop import device_path, is_torch, target
-from ..errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from ..errors import AbjureError, ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
 from .directions import Edit, Vector, _finite, _to_numpy, _vectors
 
 NormPreserving = Literal["in", "row", "row_pre"]
@@ -93,7 +93,7 @@ def orthogonalize_(
             # These forms mix the rows of a last-axis layout: they run on the transposed view (through a copy).
             plain, axis = plain.swapaxes(-1, -2), weight.ndim - 2
     with target(plain, "weight") as w:
-        _native.describe(w)  # refuses what no kernel takes before anything looks at the values
+        _check_kind(w)
         _check_finite(w)
         if axis == w.ndim - 1:
             return _along_rows(w, basis, scale, norm_preserving == "in")
@@ -131,7 +131,17 @@ def _basis(q: Any, post_gain: Any, width: int) -> Vector:
         raise ShapeError(f"post_gain: expected shape ({width},), got {gain.shape}")
     if not np.isfinite(gain).all():
         raise NonFiniteError(f"post_gain: non-finite value at index {int(np.argmin(np.isfinite(gain)))}")
+    if not (basis * gain).any():
+        raise DegenerateError("post_gain: it cancels every direction, so nothing is left to remove")
     return _native.orthonormal(basis * gain)
+
+
+def _check_kind(w: Any) -> None:
+    """Refuses what no kernel takes before anything looks at the values."""
+    try:
+        _native.describe(w)
+    except AbjureError as err:
+        raise type(err)(str(err).replace("x:", "weight:", 1)) from None
 
 
 def _check_finite(w: Any) -> None:

@@ -379,3 +379,267 @@ impl<T: Element<Acc: Arithmetic>> Kernel for Coefficients<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::for_each_level;
+    use half::{bf16, f16};
+    use proptest::prelude::*;
+
+    const X: [f64; 12] = [
+        1.0, 2.0, -1.0, 0.5, 0.0, 0.0, 0.0, 0.0, -2.0, 0.25, 3.0, 1.0,
+    ];
+    const D: [f64; 4] = [4.0 / 3.0, -0.75, -1.0 / 12.0, 2.25];
+
+    fn unit(v: &[f64]) -> Vec<f64> {
+        let n = v.iter().map(|x| x * x).sum::<f64>().sqrt();
+        v.iter().map(|x| x / n).collect()
+    }
+
+    fn edited(edit: &Edit) -> Vec<f64> {
+        let mut x = X;
+        edit.apply(RowsMut::matrix(&mut x, 4)).unwrap();
+        x.to_vec()
+    }
+
+    fn close(got: &[f64], want: &[f64]) {
+        assert_eq!(got.len(), want.len());
+        for (g, w) in got.iter().zip(want) {
+            assert!((g - w).abs() < 2e-14, "{got:?} {want:?}");
+        }
+    }
+
+    #[test]
+    fn one_direction() {
+        let r = || Edit::new(4).along(unit(&D));
+        let mut c = [0.0; 3];
+        r().coefficients(&Rows::matrix(&X, 4), &mut c).unwrap();
+        close(&c, &[0.382672984326642, 0.0, -0.313791847147846]);
+        let want = [
+            0.812558575445173,
+            2.10543580131209,
+            -0.988284910965323,
+            0.18369259606373,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            -1.84629803186504,
+            0.163542642924086,
+            2.99039362699156,
+            1.25937207122774,
+        ];
+        close(&edited(&r()), &want);
+        let want = [
+            0.822248383364336,
+            2.13054324478429,
+            -1.00007026557981,
+            0.185883140875905,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            -1.85279604566793,
+            0.164118228410687,
+            3.00091826533753,
+            1.26380440932298,
+        ];
+        close(&edited(&r().keeping_norm(true)), &want);
+        let half = edited(&r().scaled(0.5));
+        close(
+            &half[..4],
+            &[
+                0.906279287722587,
+                2.05271790065604,
+                -0.994142455482662,
+                0.341846298031865,
+            ],
+        );
+        let twice = edited(&r().scaled(2.0));
+        let length = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>();
+        assert!((length(&twice) - length(&X)).abs() < 1e-13);
+    }
+
+    #[test]
+    fn origin_and_shift() {
+        let low = [0.25, 0.5, 0.375, -0.25];
+        let r = || Edit::new(4).along(unit(&D)).from_origin(&low);
+        let want = [
+            0.698219306466729,
+            2.16975164011247,
+            -0.981138706654171,
+            -0.00925492033739439,
+            -0.114339268978444,
+            0.0643158388003749,
+            0.00714620431115276,
+            -0.192947516401125,
+            -1.96063730084349,
+            0.227858481724461,
+            2.99753983130272,
+            1.06642455482662,
+        ];
+        close(&edited(&r()), &want);
+        let acting = edited(&r().shifted(D.to_vec()));
+        close(
+            &acting[..4],
+            &[
+                2.03155263980006,
+                1.41975164011247,
+                -1.0644720399875,
+                2.24074507966261,
+            ],
+        );
+        let steered = edited(&Edit::new(4).shifted(unit(&D).iter().map(|r| 1.5 * r).collect()));
+        close(
+            &steered[..4],
+            &[
+                1.73473212990715,
+                1.58671317692723,
+                -1.0459207581192,
+                1.73986046921832,
+            ],
+        );
+    }
+
+    #[test]
+    fn two_directions_at_once() {
+        let q = crate::linalg::orthonormalize("q", &[1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0], 2, 4)
+            .unwrap();
+        let y = edited(&Edit::new(4).along(q.rows));
+        close(&y[..4], &[0.0, 0.0, 0.0, 0.5]);
+        close(&y[8..], &[-1.75, 1.75, 1.75, 1.0]);
+    }
+
+    #[test]
+    fn rounds_once_to_bf16() {
+        let x = [
+            0x3ba1, 0x3f99, 0xbf8c, 0xc064, 0xbfe9, 0xc07e, 0x3e76, 0x40ac,
+        ]
+        .map(bf16::from_bits);
+        let r = [
+            0xbea4312du32,
+            0xbecefaf8,
+            0x3ea36742,
+            0x3e6e1a7a,
+            0x3d8ca86e,
+            0xbf1b31cc,
+            0xbc9c207e,
+            0x3ee7f11d,
+        ];
+        let want = [
+            0x3f7c, 0x401b, 0xc004, 0xc089, 0xc002, 0xc008, 0x3e99, 0x4080,
+        ]
+        .map(bf16::from_bits);
+        let edit = Edit::new(8).along(r.iter().map(|b| f64::from(f32::from_bits(*b))).collect());
+        let mut y = x;
+        edit.apply(RowsMut::matrix(&mut y, 8)).unwrap();
+        assert_eq!(y, want);
+        let mut x = [1.5, -2.25, 0.3125, 7.0].map(bf16::from_f64);
+        let q = [0.5, 0.5, 0.5, 0.5, 0.5, -0.5, 0.5, -0.5].to_vec();
+        Edit::new(4)
+            .along(q)
+            .apply(RowsMut::matrix(&mut x, 4))
+            .unwrap();
+        assert_eq!(x, [0.59375, -4.625, -0.59375, 4.625].map(bf16::from_f64));
+    }
+
+    #[test]
+    fn an_oblique_edit_leaves_nothing_where_it_looks() {
+        let (left, right) = (vec![0.0, 2.0, 0.0, 1.0], vec![0.3, 0.5, -1.0, 0.0]);
+        let dot: f64 = left.iter().zip(&right).map(|(a, b)| a * b).sum();
+        let scaled = right.iter().map(|v| v / dot).collect();
+        let y = edited(&Edit::new(4).along(left.clone()).onto(scaled));
+        for row in y.chunks(4) {
+            assert!(row.iter().zip(&left).map(|(a, b)| a * b).sum::<f64>().abs() < 1e-14);
+        }
+    }
+
+    #[test]
+    fn refuses_other_widths_and_stays_in_its_row() {
+        let edit = Edit::new(4).along(unit(&D));
+        let mut x = [0.0f32; 6];
+        assert!(edit.apply(RowsMut::matrix(&mut x, 3)).is_err());
+        assert!(
+            edit.coefficients(&Rows::matrix(&X, 4), &mut [0.0; 2])
+                .is_err()
+        );
+        let mut x = X;
+        x[5] = f64::NAN;
+        edit.apply(RowsMut::matrix(&mut x, 4)).unwrap();
+        let clean = edited(&edit);
+        assert_eq!((&x[..4], &x[8..]), (&clean[..4], &clean[8..]));
+        assert!(x[4..8].iter().all(|v| v.is_nan()));
+    }
+
+    fn check<T: Element<Acc: Arithmetic> + PartialEq>(
+        values: &[f32],
+        width: usize,
+        q: &[f64],
+        unit_roundoff: f64,
+    ) {
+        let rank = q.len() / width;
+        let x: Vec<T> = values
+            .iter()
+            .map(|v| T::store(<T::Acc as Real>::from_f64(f64::from(*v))))
+            .collect();
+        let edit = Edit::new(width).along(q.to_vec());
+        let mut seen: Option<Vec<T>> = None;
+        for_each_level(|_| {
+            let mut y = x.clone();
+            edit.apply(RowsMut::matrix(&mut y, width)).unwrap();
+            let mut out = vec![T::default(); x.len()];
+            edit.apply_to(&Rows::matrix(&x, width), RowsMut::matrix(&mut out, width))
+                .unwrap();
+            assert_eq!(out, y);
+            assert_eq!(seen.get_or_insert_with(|| y.clone()), &y);
+        });
+        let wide = |v: &T| v.load().to_f64();
+        let y = seen.unwrap();
+        for (x, y) in x.chunks(width).zip(y.chunks(width)) {
+            for r in q.chunks(width) {
+                let c: f64 = y.iter().zip(r).map(|(v, r)| wide(v) * r).sum();
+                let stored: f64 = y.iter().zip(r).map(|(v, r)| (wide(v) * r).abs()).sum();
+                let computed: f64 = q
+                    .chunks(width)
+                    .map(|r| {
+                        x.iter()
+                            .zip(r)
+                            .map(|(v, r)| (wide(v) * r).abs())
+                            .sum::<f64>()
+                    })
+                    .sum();
+                let acc = if T::DTYPE.size() == 8 {
+                    2f64.powi(-53)
+                } else {
+                    2f64.powi(-24)
+                };
+                let bound = unit_roundoff * stored
+                    + (32 + 2 * rank) as f64 * acc * computed
+                    + 1e-7 * (width as f64) * acc;
+                assert!(
+                    c.abs() <= bound + width as f64 * 6e-8 * unit_roundoff,
+                    "{c} {bound}"
+                );
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn what_is_left_is_rounding(
+            width in 24usize..400,
+            rank in 1usize..24,
+            values in prop::collection::vec(-8.0f32..8.0, 400 * 3),
+            seed in prop::collection::vec(-1.0f64..1.0, 400 * 24),
+        ) {
+            let q = crate::linalg::orthonormalize("q", &seed[..rank * width], rank, width).unwrap();
+            let values = &values[..3 * width];
+            check::<f64>(values, width, &q.rows, 2f64.powi(-53));
+            check::<f32>(values, width, &q.rows, 2f64.powi(-24));
+            check::<f16>(values, width, &q.rows, 2f64.powi(-11));
+            check::<bf16>(values, width, &q.rows, 2f64.powi(-8));
+        }
+    }
+}

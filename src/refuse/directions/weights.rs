@@ -341,3 +341,163 @@ fn update<T: Element<Acc: Arithmetic>>(w: &mut RowsMut<'_, T>, plan: &Plan<'_, T
     let counts = par::map(bytes, runs, |run| dispatch(Update(run, plan, width)));
     counts.into_iter().sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::orthonormalize;
+    use crate::simd::for_each_level;
+    use half::bf16;
+    use proptest::prelude::*;
+
+    const W: [f64; 12] = [
+        1.0, 2.0, 0.0, 0.5, -1.0, 1.0, -1.0, 0.25, 2.0, 2.0, 1.0, -0.5,
+    ];
+
+    fn basis(v: &[f64]) -> Orthonormal {
+        orthonormalize("q", v, 1, v.len()).unwrap()
+    }
+
+    fn edited(keep: NormPreserving) -> (Vec<f64>, Report) {
+        let mut w = W;
+        let q = basis(&[4.0 / 3.0, -0.75, -1.0 / 12.0, 2.25]);
+        let report = orthogonalize_columns(RowsMut::matrix(&mut w, 3), &q, 1.0, keep).unwrap();
+        (w.to_vec(), report)
+    }
+
+    fn close(got: &[f64], want: &[f64]) {
+        for (g, w) in got.iter().zip(want) {
+            assert!((g - w).abs() < 1e-13, "{got:?} {want:?}");
+        }
+    }
+
+    #[test]
+    fn every_form() {
+        let (w, report) = edited(NormPreserving::No);
+        close(
+            &w,
+            &[
+                0.00281162136832247,
+                0.98406747891284,
+                0.36738519212746,
+                1.06091846298032,
+                -0.428537956888472,
+                0.793345829428304,
+                -0.93767572633552,
+                0.313495782567948,
+                1.97703842549203,
+                0.317244611059044,
+                -0.714386129334583,
+                0.119962511715089,
+            ],
+        );
+        let before = [2.03582027661773f64, 2.0740875750504, -0.750039049280218];
+        close(
+            &[report.before],
+            &[before.iter().map(|v| v * v).sum::<f64>().sqrt()],
+        );
+        assert!(report.after < 1e-15);
+        let (w, report) = edited(NormPreserving::In);
+        close(
+            &w,
+            &[
+                0.00484424212819649,
+                1.8260510571941,
+                0.388806370783034,
+                1.8278940297061,
+                -0.795201758001908,
+                0.839603553234281,
+                -1.61555474975349,
+                0.581727693934692,
+                2.09231387542554,
+                0.546591986798157,
+                -1.32562611271067,
+                0.126957182296501,
+            ],
+        );
+        assert!(report.after < 1e-14 && report.vanished == 0);
+        let (w, _) = edited(NormPreserving::Row);
+        close(
+            &w,
+            &[
+                0.121346574390743,
+                2.02690608905998,
+                0.936443652877859,
+                0.959987332038571,
+                -0.667359090047728,
+                0.939710682740244,
+                -0.958184093722419,
+                0.3233775533053,
+                2.00992790929317,
+                0.875070685323773,
+                -2.03806080496563,
+                0.574942998000529,
+            ],
+        );
+        let (w, report) = edited(NormPreserving::RowPre);
+        close(
+            &w,
+            &[0.0555320262909641, 0.927576264860594, 0.428546201759007],
+        );
+        let left = [0.123271732161787f64, -0.0975715079210661, 0.117767416607105];
+        close(
+            &[report.after],
+            &[left.iter().map(|v| v * v).sum::<f64>().sqrt()],
+        );
+    }
+
+    #[test]
+    fn degenerate_columns_and_bad_input() {
+        // Column 0 is the direction itself, column 1 is zero.
+        let mut w = [3.0, 0.0, 1.0, 4.0, 0.0, 1.0];
+        let q = basis(&[3.0, 4.0]);
+        let r =
+            orthogonalize_columns(RowsMut::matrix(&mut w, 3), &q, 1.0, NormPreserving::In).unwrap();
+        assert_eq!(r.vanished, 1);
+        assert!(w[0].abs() < 1e-14 && w[1] == 0.0 && w[4] == 0.0);
+        assert!((w[2].hypot(w[5]) - 2f64.sqrt()).abs() < 1e-14);
+        let mut w = [1.0, f64::INFINITY, 2.0, 3.0];
+        let kept = w;
+        let r = orthogonalize_columns(RowsMut::matrix(&mut w, 2), &q, 1.0, NormPreserving::No);
+        assert!(matches!(r, Err(Error::NonFinite { index: 1, .. })));
+        assert_eq!(w, kept);
+        assert!(
+            orthogonalize_columns(RowsMut::matrix(&mut w, 1), &q, 1.0, NormPreserving::No).is_err()
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn several_directions_in_bf16_and_f64(
+            (out, inputs, rank) in (8usize..600, 1usize..70, 1usize..6),
+            seed in any::<u64>(),
+            keep_in in any::<bool>(),
+        ) {
+            let value = |i: usize| (seed.wrapping_mul(2 * i as u64 + 1).rotate_left(23) >> 40) as f64 / 8.4e6 - 1.0;
+            let v: Vec<f64> = (0..rank * out).map(|i| value(i + 1_000_000)).collect();
+            let q = orthonormalize("q", &v, rank, out).unwrap();
+            let keep = if keep_in { NormPreserving::In } else { NormPreserving::No };
+            let w: Vec<f64> = (0..out * inputs).map(value).collect();
+            let half: Vec<bf16> = w.iter().map(|v| bf16::from_f64(*v)).collect();
+            let mut seen = None;
+            for_each_level(|_| {
+                let (mut a, mut b) = (w.clone(), half.clone());
+                let exact = orthogonalize_columns(RowsMut::matrix(&mut a, inputs), &q, 1.0, keep).unwrap();
+                orthogonalize_columns(RowsMut::matrix(&mut b, inputs), &q, 1.0, keep).unwrap();
+                assert!(exact.after <= 1e-12 * (1.0 + exact.before));
+                for (a, b) in a.iter().zip(&b) {
+                    assert!((a - b.to_f64()).abs() < 0.02 * (1.0 + a.abs()));
+                }
+                let bits = (a.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), b);
+                assert_eq!(seen.get_or_insert_with(|| bits.clone()), &bits);
+                if keep_in && rank < out / 2 {
+                    for j in 0..inputs {
+                        let norm = |m: &[f64]| m.iter().skip(j).step_by(inputs).map(|v| v * v).sum::<f64>();
+                        assert!((norm(&a) - norm(&w)).abs() < 1e-11 * norm(&w));
+                    }
+                }
+            });
+        }
+    }
+}
