@@ -129,7 +129,7 @@ def test_non_finite_policies():
     x = HIGH.copy()
     x[1, 2] = np.nan
     contrast = refuse.Contrast().update(LOW, 0)
-    with pytest.raises(abjure.NonFiniteError, match="x: .* index 6"):
+    with pytest.raises(abjure.NonFiniteError, match=r"x: .* index 6"):
         contrast.update(x, 1)
     with pytest.raises(abjure.NonFiniteError):
         contrast.update(np.concatenate([LOW, x]), [0, 0, 0, 0, 1, 1, 1])

@@ -37,7 +37,9 @@ def test_known_vectors():
     np.testing.assert_array_equal(y[1], 0)
     np.testing.assert_allclose(refuse.project(X, D), [0.382672984326642, 0, -0.313791847147846], atol=1e-15)
     steered = refuse.steer_(X.copy(), D, 1.5, unit=True)
-    np.testing.assert_allclose(steered[1], [0.734732129907152, -0.413286823072773, -0.045920758119197, 1.23986046921832])
+    np.testing.assert_allclose(
+        steered[1], [0.734732129907152, -0.413286823072773, -0.045920758119197, 1.23986046921832]
+    )
     low = np.array([0.25, 0.5, 0.375, -0.25])
     acting = refuse.affine_ablate_(X.copy(), D, low, shift=D)
     np.testing.assert_allclose(acting[0], [2.03155263980006, 1.41975164011247, -1.0644720399875, 2.24074507966261])
@@ -169,7 +171,12 @@ def test_twice_is_once(dtype, seed):
     once = refuse.ablate(x, q)
     twice = refuse.ablate(once, q)
     gap = (twice.double() - once.double()).norm(dim=-1)
-    assert bool((gap <= (2 * ROUNDOFF[dtype] + 64 * 2**-53 + (dtype != torch.float64) * 64 * 2**-24) * x.double().norm(dim=-1)).all())
+    assert bool(
+        (
+            gap
+            <= (2 * ROUNDOFF[dtype] + 64 * 2**-53 + (dtype != torch.float64) * 64 * 2**-24) * x.double().norm(dim=-1)
+        ).all()
+    )
 
 
 def test_norms():

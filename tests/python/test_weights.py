@@ -38,7 +38,9 @@ def test_known_matrix():
     report = refuse.orthogonalize_(w, D, 0)
     np.testing.assert_allclose(w[0], [0.00281162136832247, 0.98406747891284, 0.36738519212746], rtol=1e-12)
     assert report.rank == 1
-    assert report.residual_before == pytest.approx(np.linalg.norm([2.03582027661773, 2.0740875750504, -0.750039049280218]))
+    assert report.residual_before == pytest.approx(
+        np.linalg.norm([2.03582027661773, 2.0740875750504, -0.750039049280218])
+    )
     assert report.residual_after < 1e-15
     assert "residual_after" in report._repr_html_()
     w = W.copy()
@@ -151,7 +153,7 @@ def test_bad_arguments():
         (lambda: refuse.orthogonalize_(experts, D, 0), abjure.ArgumentError, "axis:"),
         (lambda: refuse.orthogonalize_(np.zeros((1, 1, 1, 4)), D, 3), abjure.ShapeError, "weight:"),
         (lambda: refuse.orthogonalize_(w, D, 0, norm_preserving="column"), abjure.ArgumentError, "norm_preserving:"),
-        (lambda: refuse.orthogonalize_(np.ones(4), D, 0, norm_preserving="row"), abjure.ArgumentError, "norm_preserving:"),
+        (lambda: refuse.orthogonalize_(w[:, 0], D, 0, 1.0, "row"), abjure.ArgumentError, "norm_preserving:"),
         (lambda: refuse.orthogonalize_(w, D, 0, scale=np.nan), abjure.ArgumentError, "scale:"),
         (lambda: refuse.orthogonalize_(w, D, 0, post_gain=np.ones(3)), abjure.ShapeError, "post_gain:"),
         (lambda: refuse.orthogonalize_(w, D, 0, post_gain=[1, 1, 1, np.inf]), abjure.NonFiniteError, "post_gain:"),

@@ -84,7 +84,7 @@ def differentiable_edit(x: Any, edit_: Any) -> Any:
             adjoint = type(edit_)(edit_.width, right, right=edit_.left, scale=edit_.scale)
             return adjoint.apply(grad)
 
-    return EditFunction.apply(x)
+    return EditFunction.apply(x)  # type: ignore[no-untyped-call]
 
 
 def orthogonalize_(weight: Any, basis: Any, axis: int, scale: float, norm_preserving: str | None) -> Any:

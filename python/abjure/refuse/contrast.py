@@ -98,9 +98,7 @@ class Contrast:
         """
         for name in ("covariance", "layer", "site", "position"):
             if getattr(self, name) != getattr(other, name):
-                raise ArgumentError(
-                    f"other: expected {name}={getattr(self, name)!r}, got {getattr(other, name)!r}"
-                )
+                raise ArgumentError(f"other: expected {name}={getattr(self, name)!r}, got {getattr(other, name)!r}")
         if other._moments is None:
             return self
         if self._moments is None:
@@ -133,7 +131,9 @@ class Contrast:
     def _classes(self) -> tuple[Any, Any]:
         counts = self.counts
         if self._moments is None or 0 in counts:
-            raise DegenerateError(f"label: expected activations of both classes, got {counts[0]} of 0, {counts[1]} of 1")
+            raise DegenerateError(
+                f"label: expected activations of both classes, got {counts[0]} of 0, {counts[1]} of 1"
+            )
         return self._moments
 
     def _difference(self) -> Vector:

@@ -159,7 +159,9 @@ class Direction:
             "counts (class 0, class 1)": self.counts,
             **self.provenance,
         }
-        cells = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
+        cells = "".join(
+            f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items()
+        )
         return f"<table><caption>Direction</caption>{cells}</table>{_profile(self.vector)}"
 
 
@@ -168,10 +170,10 @@ def _profile(vector: Vector) -> str:
     count = min(vector.size, 64)
     order = np.sort(np.argsort(-np.abs(vector))[:count])
     top = float(np.abs(vector).max())
+    heights = [20 * vector[j] / top for j in order]
     bars = "".join(
-        f'<rect x="{4 * i}" width="3" y="{20 - max(h, 0):.1f}" height="{abs(h):.1f}"><title>{j}: {vector[j]:.4g}</title></rect>'
-        for i, j in enumerate(order)
-        for h in (20 * vector[j] / top,)
+        f'<rect x="{4 * i}" width="3" y="{20 - max(h, 0):.1f}" height="{abs(h):.1f}"><title>{j}</title></rect>'
+        for i, (j, h) in enumerate(zip(order, heights, strict=True))
     )
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * count}" height="40" fill="#456">{bars}</svg>'
     return f'<img alt="largest components" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import ArgumentError, DTypeError, ShapeError
-from .directions import Edit, Site, _vectors, orthonormal_basis, steering_edit
+from .directions import Direction, Edit, Site, _vectors, orthonormal_basis, steering_edit
 
 if TYPE_CHECKING:
     import torch
@@ -366,10 +366,11 @@ def steering(
         NonFiniteError: ``v`` is not finite.
     """
     if layers is None:
-        layers = getattr(v, "layer", None)
+        layers = v.layer if isinstance(v, Direction) else None
         if layers is None:
             raise ArgumentError("layers: expected layers, since v does not say where it was estimated")
-    site = getattr(v, "site", "pre") if site is None else site
+    if site is None:
+        site = v.site if isinstance(v, Direction) else "pre"
     _check_site(site)
     vectors = _vectors(v, "v")
     if len(vectors) != 1:
@@ -388,5 +389,3 @@ def _check_width(model: nn.Module, width: int, arg: str = "q") -> None:
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     if isinstance(hidden, int) and hidden != width:
         raise ShapeError(f"{arg}: expected vectors of {hidden}, the model's hidden size, got {width}")
-
-
