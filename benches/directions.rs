@@ -2,6 +2,7 @@
 
 mod common;
 
+use abjure::cancel::Cancel;
 use abjure::element::{Element, Real};
 use abjure::linalg::orthonormalize;
 use abjure::moments::{Moments, NonFinitePolicy};
@@ -83,6 +84,7 @@ fn activations<T: Element<Acc: Arithmetic>>(c: &mut Criterion) {
                     &Rows::matrix(black_box(&x), WIDTH),
                     None,
                     NonFinitePolicy::Skip,
+                    &Cancel::new(),
                 )
                 .expect("widths agree")
         });

@@ -4,6 +4,7 @@
 //! its own mean, and batches are merged by Chan's formula; so a large common offset costs no accuracy, and the number of
 //! threads changes nothing. Second moments rest on a matrix product: their last bits may differ between instruction sets.
 
+use crate::cancel::Cancel;
 use crate::element::{Element, Real};
 use crate::simd::{Kernel, dispatch};
 use crate::view::Rows;
@@ -100,12 +101,14 @@ impl Moments {
     /// skipped as non-finite.
     ///
     /// # Errors
-    /// `Shape` and `Value` for widths and weights that do not fit, `NonFinite` by policy; nothing changes then.
+    /// `Shape` and `Value` for widths and weights that do not fit, `NonFinite` by policy, `Interrupted`; nothing changes
+    /// then.
     pub fn update<T: Element>(
         &mut self,
         x: &Rows<'_, T>,
         weights: Option<&[f64]>,
         policy: NonFinitePolicy,
+        cancel: &Cancel,
     ) -> Result<u64> {
         if x.width() != self.width {
             return Err(Error::shape(
@@ -141,7 +144,10 @@ impl Moments {
             if mean.iter().any(|m| !m.is_finite()) {
                 return Err(Error::value("x", "rows whose sum is finite", "an overflow"));
             }
-            let second = self.second.as_ref().map(|_| scatter(x, &used, &mean));
+            let second = match &self.second {
+                Some(_) => Some(scatter(x, &used, &mean, cancel)?),
+                None => None,
+            };
             self.merge(&Self {
                 width: self.width,
                 weight: total.weight,
@@ -310,7 +316,12 @@ fn add_group<T: Element>(sum: &mut [f64], rows: &[&[T]; GROUP], w: &[f64; GROUP]
 }
 
 /// `Σ w (x − mean)(x − mean)ᵀ` over the rows in `used`.
-fn scatter<T: Element>(x: &Rows<'_, T>, used: &[(usize, f64)], mean: &[f64]) -> Vec<f64> {
+fn scatter<T: Element>(
+    x: &Rows<'_, T>,
+    used: &[(usize, f64)],
+    mean: &[f64],
+    cancel: &Cancel,
+) -> Result<Vec<f64>> {
     let d = mean.len();
     let mut out = vec![0.0; d * d];
     let blocks = par::ranges(d, BLOCK);
@@ -318,6 +329,7 @@ fn scatter<T: Element>(x: &Rows<'_, T>, used: &[(usize, f64)], mean: &[f64]) -> 
         .flat_map(|(i, rows)| blocks[..=i].iter().map(|cols| (rows.clone(), cols.clone())))
         .collect();
     for slab in used.chunks(SLAB) {
+        cancel.check()?;
         let centred: Vec<f64> = par::map(slab.len() * d * 8, slab.to_vec(), |(i, w)| {
             let root = w.sqrt();
             let row = x.row(i).iter().zip(mean);
@@ -346,7 +358,7 @@ fn scatter<T: Element>(x: &Rows<'_, T>, used: &[(usize, f64)], mean: &[f64]) -> 
         }
     }
     mirror(&mut out, d);
-    out
+    Ok(out)
 }
 
 /// Copies the lower triangle to the upper one.
@@ -367,8 +379,13 @@ mod tests {
 
     fn of(rows: &[f64], width: usize, second: bool) -> Moments {
         let mut m = Moments::new(width, second);
-        m.update(&Rows::matrix(rows, width), None, NonFinitePolicy::Error)
-            .unwrap();
+        m.update(
+            &Rows::matrix(rows, width),
+            None,
+            NonFinitePolicy::Error,
+            &Cancel::new(),
+        )
+        .unwrap();
         m
     }
 
@@ -409,34 +426,56 @@ mod tests {
         let x = [1.0, 2.0, f64::NAN, 4.0, 5.0, 6.0];
         let rows = Rows::matrix(&x, 2);
         let mut m = Moments::new(2, false);
-        let err = m.update(&rows, None, NonFinitePolicy::Error).unwrap_err();
+        let err = m
+            .update(&rows, None, NonFinitePolicy::Error, &Cancel::new())
+            .unwrap_err();
         assert!(matches!(err, Error::NonFinite { index: 2, .. }));
         assert_eq!(m, Moments::new(2, false));
-        assert_eq!(m.update(&rows, None, NonFinitePolicy::Skip), Ok(1));
+        assert_eq!(
+            m.update(&rows, None, NonFinitePolicy::Skip, &Cancel::new()),
+            Ok(1)
+        );
         assert_eq!((m.weight(), m.mean()), (2.0, &[3.0, 4.0][..]));
         let mut m = Moments::new(2, false);
         assert_eq!(
-            m.update(&rows, Some(&[3.0, 0.0, 1.0]), NonFinitePolicy::Error),
+            m.update(
+                &rows,
+                Some(&[3.0, 0.0, 1.0]),
+                NonFinitePolicy::Error,
+                &Cancel::new()
+            ),
             Ok(0)
         );
         assert_eq!((m.weight(), m.mean()), (4.0, &[2.0, 3.0][..]));
         for bad in [[1.0, -1.0, 0.0], [f64::NAN, 1.0, 1.0]] {
             assert!(matches!(
-                m.update(&rows, Some(&bad), NonFinitePolicy::Skip),
+                m.update(&rows, Some(&bad), NonFinitePolicy::Skip, &Cancel::new()),
                 Err(Error::Value { .. })
             ));
         }
         assert!(
-            m.update(&rows, Some(&[1.0]), NonFinitePolicy::Skip)
+            m.update(&rows, Some(&[1.0]), NonFinitePolicy::Skip, &Cancel::new())
                 .is_err()
         );
         assert!(
-            m.update(&Rows::matrix(&x, 3), None, NonFinitePolicy::Skip)
-                .is_err()
+            m.update(
+                &Rows::matrix(&x, 3),
+                None,
+                NonFinitePolicy::Skip,
+                &Cancel::new()
+            )
+            .is_err()
         );
         assert!(m.merge(&Moments::new(3, false)).is_err());
         assert!(m.merge(&Moments::new(2, true)).is_err());
         assert_eq!((m.weight(), m.mean()), (4.0, &[2.0, 3.0][..]));
+        let (mut m, cancelled) = (Moments::new(2, true), Cancel::new());
+        cancelled.cancel();
+        assert_eq!(
+            m.update(&rows, None, NonFinitePolicy::Skip, &cancelled),
+            Err(Error::Interrupted)
+        );
+        assert_eq!(m, Moments::new(2, true));
     }
 
     proptest! {
@@ -456,7 +495,7 @@ mod tests {
                 let mut m = Moments::new(width, true);
                 for part in [&x[..cut], &x[cut..]] {
                     let part = Rows::matrix(part, width);
-                    assert_eq!(m.update(&part, None, NonFinitePolicy::Error), Ok(0));
+                    assert_eq!(m.update(&part, None, NonFinitePolicy::Error, &Cancel::new()), Ok(0));
                 }
                 let bits: Vec<u64> = m.mean().iter().map(|v| v.to_bits()).collect();
                 assert_eq!(seen.get_or_insert_with(|| bits.clone()), &bits);

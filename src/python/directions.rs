@@ -1,9 +1,11 @@
 //! Bindings of the direction kernels.
 
 use super::array::Array;
+use super::long::run_long;
+use crate::cancel::Cancel;
 use crate::linalg::{Orthonormal, orthonormalize};
 use crate::moments::{Moments, NonFinitePolicy};
-use crate::refuse::directions::{Edit, NormPreserving, orthogonalize_columns};
+use crate::refuse::directions::{Edit, NormPreserving, check_finite, orthogonalize_columns};
 use crate::{Error, Result, with_dtype};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
@@ -36,7 +38,7 @@ fn orthonormal<'py>(py: Python<'py>, vectors: PyReadonlyArray2<'py, f64>) -> PyR
     let (count, width) = v.dim();
     let flat: Vec<f64> = v.iter().copied().collect();
     let basis = py.detach(|| orthonormalize("q", &flat, count, width))?;
-    Ok(PyArray1::from_vec(py, basis.rows).reshape([basis.rank, width])?)
+    PyArray1::from_vec(py, basis.rows).reshape([basis.rank, width])
 }
 
 /// An edit of rows, its vectors prepared once: `x − scale Σ (x·left_i − origin·left_i) right_i + shift`.
@@ -163,6 +165,16 @@ fn orthogonalize_leading(
     })
 }
 
+/// Raises unless `weight` is an array that kernels take and all of it is finite.
+#[pyfunction]
+fn check_weight(py: Python<'_>, weight: &Bound<'_, PyAny>) -> PyResult<()> {
+    let weight = Array::extract(weight, "weight")?;
+    with_dtype!(weight.dtype(), T => {
+        let rows = weight.rows::<T>()?;
+        Ok(py.detach(|| check_finite("weight", &rows))?)
+    })
+}
+
 /// Streaming moments of rows.
 #[pyclass(name = "Moments", module = "abjure._native")]
 struct PyMoments(Moments);
@@ -227,7 +239,11 @@ impl PyMoments {
         };
         with_dtype!(x.dtype(), T => {
             let rows = x.rows::<T>()?;
-            Ok(py.detach(|| self.0.update(&rows, weights.as_deref(), policy))?)
+            let moments = &mut self.0;
+            if moments.second().is_none() {
+                return Ok(py.detach(|| moments.update(&rows, weights.as_deref(), policy, &Cancel::new()))?);
+            }
+            run_long(py, None, |cancel| moments.update(&rows, weights.as_deref(), policy, cancel))
         })
     }
 
@@ -244,5 +260,6 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyEdit>()?;
     m.add_class::<PyMoments>()?;
     m.add_function(wrap_pyfunction!(orthonormal, m)?)?;
+    m.add_function(wrap_pyfunction!(check_weight, m)?)?;
     m.add_function(wrap_pyfunction!(orthogonalize_leading, m)?)
 }

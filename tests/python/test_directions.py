@@ -233,6 +233,7 @@ def test_gradient_is_the_adjoint():
     ):
         x = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(edit.apply, (x,))
+        assert edit.left is None or torch.autograd.gradcheck(edit.coefficients, (x,))
         assert torch.autograd.gradgradcheck(edit.apply, (x,))
 
 

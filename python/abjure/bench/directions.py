@@ -1,4 +1,4 @@
-"""Directions against the torch expressions of the published code: activations of 8192 × 4096, weights of 4096 × 4096."""
+"""Directions beside the torch forms of the published code: activations of 8192 × 4096, weights of 4096 × 4096."""
 
 from __future__ import annotations
 

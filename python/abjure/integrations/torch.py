@@ -16,72 +16,73 @@ DEVICE_PATHS: dict[str, Callable[..., Any]] = {}
 # directions
 
 
-def _edit_operands(edit: Any, x: Any) -> tuple[Any, Any, Any, Any]:
+def _edit_operands(plan: Any, x: Any) -> tuple[Any, Any, Any, Any]:
     """left, right, origin coefficients and shift of an edit, as tensors beside ``x``; kept for the next call."""
     import numpy as np
     import torch
 
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     key = (x.device, accumulate)
-    if key not in edit.tensors:
+    if key not in plan.tensors:
 
         def tensor(values: Any) -> Any:
             return None if values is None else torch.from_numpy(np.array(values)).to(accumulate).to(x.device)
 
-        origin = None if edit.origin is None or edit.left is None else edit.left @ edit.origin
-        right = edit.left if edit.right is None else edit.right
-        edit.tensors[key] = (tensor(edit.left), tensor(right), tensor(origin), tensor(edit.shift))
-    return edit.tensors[key]  # type: ignore[no-any-return]
+        origin = None if plan.origin is None or plan.left is None else plan.left @ plan.origin
+        right = plan.left if plan.right is None else plan.right
+        with torch.inference_mode(False):  # they outlive this call, and autograd refuses inference tensors
+            plan.tensors[key] = (tensor(plan.left), tensor(right), tensor(origin), tensor(plan.shift))
+    return plan.tensors[key]  # type: ignore[no-any-return]
 
 
-def edit_coefficients(x: Any, edit: Any) -> Any:
+def edit_coefficients(x: Any, plan: Any) -> Any:
     """Torch form of ``Edit.coefficients``."""
-    left, _, origin, _ = _edit_operands(edit, x)
+    left, _, origin, _ = _edit_operands(plan, x)
     found = x.to(left.dtype) @ left.T
     return found if origin is None else found - origin
 
 
-def edit(x: Any, edit: Any) -> Any:
+def edit(x: Any, plan: Any) -> Any:
     """Torch form of ``Edit.apply``; autograd goes through it."""
     import torch
 
-    left, right, _, shift = _edit_operands(edit, x)
+    left, right, _, shift = _edit_operands(plan, x)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(accumulate)
     y = wide
     if left is not None:
-        y = y - (edit_coefficients(x, edit) * edit.scale) @ right
+        y = y - (edit_coefficients(x, plan) * plan.scale) @ right
     if shift is not None:
         y = y + shift
-    if edit.preserve_norm:
+    if plan.preserve_norm:
         before, after = (t.norm(dim=-1, keepdim=True) for t in (wide, y))
         y = y * torch.where(after > 1e-6 * before, before / after, 1.0)
     return y.to(x.dtype)
 
 
-def edit_(x: Any, edit_: Any) -> Any:
+def edit_(x: Any, plan: Any) -> Any:
     """Torch form of ``Edit.apply_``."""
-    return x.copy_(edit(x, edit_))
+    return x.copy_(edit(x, plan))
 
 
-def differentiable_edit(x: Any, edit_: Any) -> Any:
+def differentiable_edit(x: Any, plan: Any) -> Any:
     """The kernel's result with a gradient: the adjoint of the edit swaps its left and right vectors."""
     import torch
 
-    if edit_.preserve_norm:
-        return edit(x, edit_)
+    if plan.preserve_norm:
+        return edit(x, plan)
 
     class EditFunction(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Any) -> Any:
-            return edit_.apply(x.detach())
+            return plan.apply(x.detach())
 
         @staticmethod
         def backward(ctx: Any, grad: Any) -> Any:
-            if edit_.left is None:
+            if plan.left is None:
                 return grad
-            right = edit_.left if edit_.right is None else edit_.right
-            adjoint = type(edit_)(edit_.width, right, right=edit_.left, scale=edit_.scale)
+            right = plan.left if plan.right is None else plan.right
+            adjoint = type(plan)(plan.width, right, right=plan.left, scale=plan.scale)
             return adjoint.apply(grad)
 
     return EditFunction.apply(x)  # type: ignore[no-untyped-call]

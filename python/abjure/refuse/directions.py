@@ -346,10 +346,17 @@ class Edit:
         return x
 
     def coefficients(self, x: Any) -> Any:
-        """``x·left_i − origin·left_i``, shape ``(..., rank)``: float64 for float64 ``x``, else float32."""
+        """``x·left_i − origin·left_i``, shape ``(..., rank)``: float64 for float64 ``x``, else float32.
+
+        Differentiable where ``x`` requires grad, by the torch form.
+        """
         self._check(x)
         if (path := device_path(x, "edit_coefficients")) is not None:
             return path(x, self)
+        if is_torch(x) and x.requires_grad and _grad_enabled():
+            from ..integrations.torch import edit_coefficients
+
+            return edit_coefficients(x, self)
         x_read = source(x, "x")
         shape = (*x_read.shape[:-1], self.rank)
         if is_torch(x_read):
@@ -400,8 +407,8 @@ def ablate(x: ArrayT, q: Any, *, scale: float = 1.0, preserve_norm: bool = False
 
     Returns:
         A new array of the kind, shape and dtype of ``x``. What is left along a unit direction r is bounded by the
-        rounding of the result: ``|y·r| ≤ u Σ|y_i r_i|`` (u = 2⁻⁹ for bfloat16, 2⁻¹² for float16), plus
-        ``32 · 2⁻²⁴ Σ|x_i r_i|`` of the float32 arithmetic.
+        rounding of the result: ``|y·r| ≤ u Σ|y_i r_i|`` (u = 2⁻⁸ for bfloat16, 2⁻¹¹ for float16), plus
+        ``(32 + 2k) · 2⁻²⁴ Σ_j Σ_i |x_i q_ji|`` of the float32 arithmetic.
 
     Raises:
         ShapeError, DTypeError, LayoutError, DeviceError: an argument does not fit.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from .. import _native
 from .._interop import device_path, is_torch, target
-from ..errors import AbjureError, ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
+from ..errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
 from .directions import Edit, Vector, _finite, _to_numpy, _vectors
 
 NormPreserving = Literal["in", "row", "row_pre"]
@@ -93,8 +92,8 @@ def orthogonalize_(
             # These forms mix the rows of a last-axis layout: they run on the transposed view (through a copy).
             plain, axis = plain.swapaxes(-1, -2), weight.ndim - 2
     with target(plain, "weight") as w:
-        _check_kind(w)
-        _check_finite(w)
+        if w.ndim == 3 or axis == w.ndim - 1:
+            _native.check_weight(w)  # the kernel below checks single matrices itself
         if axis == w.ndim - 1:
             return _along_rows(w, basis, scale, norm_preserving == "in")
         stack = w if w.ndim == 3 else [w]
@@ -134,29 +133,6 @@ def _basis(q: Any, post_gain: Any, width: int) -> Vector:
     if not (basis * gain).any():
         raise DegenerateError("post_gain: it cancels every direction, so nothing is left to remove")
     return _native.orthonormal(basis * gain)
-
-
-def _check_kind(w: Any) -> None:
-    """Refuses what no kernel takes before anything looks at the values."""
-    try:
-        _native.describe(w)
-    except AbjureError as err:
-        raise type(err)(str(err).replace("x:", "weight:", 1)) from None
-
-
-def _check_finite(w: Any) -> None:
-    """Refuses a stack whose later experts are not finite before the first one is written."""
-    for i, part in enumerate(_pieces(w)):
-        finite = part.isfinite() if is_torch(part) else np.isfinite(part)
-        if not bool(finite.all()):
-            raise NonFiniteError(f"weight: a NaN or an infinity in part {i} along the first axis")
-
-
-def _pieces(w: Any) -> Iterator[Any]:
-    """Parts along the first axis of at most some million elements, so that the check allocates little."""
-    per_step = max(1, 4_000_000 // max(1, math.prod(w.shape[1:])))
-    for start in range(0, w.shape[0], per_step):
-        yield w[start : start + per_step]
 
 
 def _along_rows(w: Any, basis: Vector, scale: float, preserve_norm: bool) -> WeightReport:

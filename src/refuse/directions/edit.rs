@@ -300,7 +300,7 @@ fn subtract_all<A: Real>(row: &mut [A], c: &[A], right: &[A]) {
         let (r2, r3) = rest.split_at(width);
         let r3 = &r3[..width];
         for j in 0..width {
-            row[j] = row[j] - ((c[0] * r0[j] + c[1] * r1[j]) + (c[2] * r2[j] + c[3] * r3[j]));
+            row[j] -= (c[0] * r0[j] + c[1] * r1[j]) + (c[2] * r2[j] + c[3] * r3[j]);
         }
     }
     let done = c.len() / GROUP * GROUP;
@@ -309,7 +309,7 @@ fn subtract_all<A: Real>(row: &mut [A], c: &[A], right: &[A]) {
         .zip(right[done * width..].chunks_exact(width))
     {
         for (x, r) in row.iter_mut().zip(r) {
-            *x = *x - *c * *r;
+            *x -= *c * *r;
         }
     }
 }

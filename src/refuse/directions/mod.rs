@@ -4,4 +4,4 @@ pub mod edit;
 pub mod weights;
 
 pub use edit::Edit;
-pub use weights::{NormPreserving, orthogonalize_columns};
+pub use weights::{NormPreserving, check_finite, orthogonalize_columns};

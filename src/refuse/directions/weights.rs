@@ -69,7 +69,11 @@ pub fn orthogonalize_columns<T: Element<Acc: Arithmetic>>(
     let plain = products(&view, q, None);
     let before = frobenius(&plain);
     if !before.is_finite() {
-        return Err(first_non_finite(&view));
+        check_finite("weight", &view)?;
+        return Err(Error::degenerate(
+            "weight",
+            "its products with the direction overflow",
+        ));
     }
     let norms = match keep {
         NormPreserving::Row | NormPreserving::RowPre => row_norms(&view),
@@ -116,18 +120,31 @@ fn count_vanished(old: &[f64], new: &[f64]) -> usize {
     old.iter().zip(new).filter(|p| gone(*p)).count()
 }
 
-fn first_non_finite<T: Element>(w: &Rows<'_, T>) -> Error {
-    let width = w.width();
-    for i in 0..w.rows() {
-        if let Some(j) = w.row(i).iter().position(|v| !v.finite()) {
-            return Error::NonFinite {
-                arg: "weight",
-                index: i * width + j,
-                found: w.row(i)[j].load().to_f64(),
-            };
+/// `NonFinite` for the first NaN or infinity in `w`, by flat index.
+pub fn check_finite<T: Element>(arg: &'static str, w: &Rows<'_, T>) -> Result<()> {
+    struct Bad<'a, T>(&'a Rows<'a, T>, Range<usize>);
+    impl<T: Element> Kernel for Bad<'_, T> {
+        type Output = Option<usize>;
+        #[inline(always)]
+        fn run(self) -> Option<usize> {
+            let count = |row: &[T]| row.iter().map(|v| u32::from(!v.finite())).sum::<u32>();
+            self.1.into_iter().find(|i| count(self.0.row(*i)) > 0)
         }
     }
-    Error::degenerate("weight", "its products with the direction overflow")
+    let row_bytes = w.width() * size_of::<T>();
+    let step = (par::ITEM_BYTES / row_bytes.max(1)).max(1);
+    let found = par::map(w.rows() * row_bytes, par::ranges(w.rows(), step), |r| {
+        dispatch(Bad(w, r))
+    });
+    let Some(i) = found.into_iter().flatten().next() else {
+        return Ok(());
+    };
+    let j = w.row(i).iter().position(|v| !v.finite()).unwrap_or(0);
+    Err(Error::NonFinite {
+        arg,
+        index: i * w.width() + j,
+        found: w.row(i)[j].load().to_f64(),
+    })
 }
 
 /// `Q W`, `rank × in`; row `o` of `w` counts `row_weight[o]` times.
@@ -264,7 +281,7 @@ fn updated_row<T: Element<Acc: Arithmetic>>(
     for (k, c) in plan.products.chunks_exact(row.len()).enumerate() {
         let a = T::Acc::from_f64(plan.scale * length * plan.q.row(k)[o]);
         for (y, c) in out.iter_mut().zip(c) {
-            *y = *y - a * *c;
+            *y -= a * *c;
         }
     }
     if plan.keep == NormPreserving::Row {
