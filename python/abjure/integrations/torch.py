@@ -13,6 +13,22 @@ from typing import Any
 DEVICE_PATHS: dict[str, Callable[..., Any]] = {}
 
 
+def _token_logprobs(logits: Any, labels: Any, *, ignore_index: int, shift: bool) -> Any:
+    import torch
+
+    labels = labels.to(logits.device)
+    if shift:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    counted = labels != ignore_index
+    index = torch.where(counted, labels, torch.zeros_like(labels))
+    token = wide.gather(-1, index[..., None])[..., 0] - torch.logsumexp(wide, -1)
+    return torch.where(counted, token, torch.zeros_like(token))
+
+
+DEVICE_PATHS["token_logprobs"] = _token_logprobs
+
+
 # directions
 
 
