@@ -1,1 +1,4 @@
 //! Unlearning: Fisher importance and dampening.
+
+pub mod dampen;
+pub mod fisher;
