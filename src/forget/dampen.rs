@@ -876,3 +876,316 @@ fn complaint(f: f64, d: f64, index: usize) -> Error {
             )
         })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::for_each_level;
+    use half::{bf16, f16};
+    use proptest::prelude::*;
+
+    fn run<W: Element, I: Real>(
+        w: &mut [W],
+        f: &[I],
+        d: &[I],
+        spec: &RuleSpec,
+        mode: Mode,
+    ) -> Result<(Selection, Option<Patch<W>>)> {
+        let n = w.len();
+        let (f, d) = (Rows::matrix(f, n), Rows::matrix(d, n));
+        dampen(RowsMut::matrix(w, n), &f, &d, spec, mode)
+    }
+
+    /// The rule one weight at a time, as the reference states it.
+    fn oracle<W: Element, I: Real>(w: &[W], f: &[I], d: &[I], s: &RuleSpec) -> (Vec<W>, Selection) {
+        let mut out = Selection::default();
+        let r = |v| I::from_f64(v);
+        let one = |((w, f), d): ((&W, &I), &I)| {
+            let (f, d) = (*f / r(s.forget_count), *d / r(s.retain_count));
+            if !(f > r(s.alpha) * d) {
+                return *w;
+            }
+            let mut ratio = d * r(s.lam) / f;
+            if s.exponent != 1.0 {
+                ratio = ratio.powf(r(s.exponent));
+            }
+            if ratio.is_nan() || ratio > r(s.max_factor) {
+                ratio = r(s.max_factor);
+            }
+            if ratio < r(s.min_factor) {
+                ratio = r(s.min_factor);
+            }
+            let new = W::store(w.load() * W::Acc::from_f64(ratio.to_f64()));
+            out.count += 1;
+            out.changed += u64::from(new != *w);
+            out.zeroed += u64::from(new != *w && new.load() == W::Acc::ZERO);
+            new
+        };
+        let new = w.iter().zip(f).zip(d).map(one).collect();
+        (new, out)
+    }
+
+    fn published<W: Element>() {
+        let unit = 1.0 / 4096.0;
+        let f = [0.0f32, 16.0, 3.0, 16.0, 1.0, 8.0].map(|v| v * unit);
+        let d = [0.0f32, 1.0, 0.0, 2.0, 4.0, 0.5].map(|v| v * unit);
+        let w = [1.0, -2.0, 0.5, 4.0, -0.25, 3.0].map(|v| W::store(W::Acc::from_f64(v)));
+        for (alpha, lam, after, changed) in [
+            (8.0, 1.0, [1.0, -0.125, 0.0, 4.0, -0.25, 0.1875], 3),
+            (8.0, 4.0, [1.0, -0.5, 0.0, 4.0, -0.25, 0.75], 3),
+            (8.0, 16.0, [1.0, -2.0, 0.0, 4.0, -0.25, 3.0], 1),
+            (10.0, 1.0, [1.0, -0.125, 0.0, 4.0, -0.25, 0.1875], 3),
+        ] {
+            let spec = RuleSpec {
+                alpha,
+                lam,
+                ..RuleSpec::default()
+            };
+            let mut got = w;
+            let (found, _) = run(&mut got, &f, &d, &spec, Mode::Guarded).unwrap();
+            assert_eq!(got.map(|v| v.load().to_f64()), after);
+            assert_eq!(
+                found,
+                Selection {
+                    count: 3,
+                    changed,
+                    zeroed: 1
+                }
+            );
+        }
+    }
+
+    #[test]
+    fn vectors_of_the_reference() {
+        published::<f64>();
+        published::<f32>();
+        published::<f16>();
+        published::<bf16>();
+    }
+
+    #[test]
+    fn alpha_zero_lambda_zero_and_a_tie() {
+        let (f, d) = ([1.0f32, 0.0, 1e-5], [5.0f32, 0.0, 1e-6]);
+        let mut w = [2.0f32; 3];
+        let zero = RuleSpec {
+            alpha: 0.0,
+            lam: 0.0,
+            ..RuleSpec::default()
+        };
+        let (found, _) = run(&mut w, &f, &d, &zero, Mode::Guarded).unwrap();
+        assert_eq!((w, found.count), ([0.0, 2.0, 0.0], 2));
+        let spec = RuleSpec::default();
+        let (found, _) = run(&mut [1.0f32; 3], &f, &d, &spec, Mode::Guarded).unwrap();
+        assert_eq!(found.count, 0, "1e-5 > 10 * 1e-6 is false in f32");
+        let (f, d) = ([1e-5f64], [1e-6f64]);
+        let (found, _) = run(&mut [1.0f32], &f, &d, &spec, Mode::Guarded).unwrap();
+        assert_eq!(found.count, 1, "and true in f64");
+    }
+
+    #[test]
+    fn infinite_importances_and_weights() {
+        let inf = f32::INFINITY;
+        let (f, d) = ([inf, 1.0, inf, 1.0], [1.0, inf, 3e38, 0.0]);
+        let mut w = [1.0f32, 1.0, 1.0, f32::NAN];
+        let spec = RuleSpec {
+            lam: 1e10,
+            alpha: 1e-3,
+            ..RuleSpec::default()
+        };
+        let (found, _) = run(&mut w, &f, &d, &spec, Mode::Guarded).unwrap();
+        assert_eq!(w[..3], [0.0, 1.0, 1.0]);
+        assert!(w[3].is_nan());
+        assert_eq!(
+            found,
+            Selection {
+                count: 3,
+                changed: 1,
+                zeroed: 1
+            }
+        );
+    }
+
+    #[test]
+    fn refuses_numbers_out_of_range() {
+        let d = RuleSpec::default();
+        for spec in [
+            RuleSpec { alpha: -1.0, ..d },
+            RuleSpec {
+                alpha: f64::NAN,
+                ..d
+            },
+            RuleSpec {
+                lam: f64::INFINITY,
+                ..d
+            },
+            RuleSpec {
+                exponent: -0.5,
+                ..d
+            },
+            RuleSpec {
+                max_factor: 0.1,
+                min_factor: 0.2,
+                ..d
+            },
+            RuleSpec {
+                forget_count: 0.0,
+                ..d
+            },
+        ] {
+            assert!(
+                matches!(spec.rule::<f32>(), Err(Error::Value { .. })),
+                "{spec:?}"
+            );
+        }
+    }
+
+    /// Pseudo-random in [0, 1).
+    fn noise(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(seed | 1);
+            (state >> 40) as f32 / (1u64 << 24) as f32
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    /// Long enough for the log to fill up, with every weight selected.
+    #[test]
+    fn a_late_bad_importance_leaves_nothing_modified() {
+        let n = 40 * ITEM + 100;
+        let before: Vec<f64> = noise(n, 1).into_iter().map(f64::from).collect();
+        let (mut f, d) = (noise(n, 2), vec![0.0f32; n]);
+        let index = n - 7;
+        for (bad, name) in [(f32::NAN, "NonFinite"), (-1.0, "Value")] {
+            f[index] = bad;
+            for mode in [Mode::Guarded, Mode::Recorded] {
+                for threads in [1, 2, 5] {
+                    par::set_num_threads(threads);
+                    let mut w = before.clone();
+                    let err = run(&mut w, &f, &d, &RuleSpec::default(), mode).unwrap_err();
+                    assert!(format!("{err:?}").starts_with(name), "{err:?}");
+                    assert!(err.to_string().contains(&index.to_string()), "{err}");
+                    assert!(w == before);
+                }
+            }
+        }
+        f[index] = 1.0;
+        let mut w = before.clone();
+        let (found, _) = run(&mut w, &f, &d, &RuleSpec::default(), Mode::Guarded).unwrap();
+        let (expected, counts) = oracle(&before, &f, &d, &RuleSpec::default());
+        assert!(w == expected && found == counts);
+    }
+
+    fn case<W: Element, I: Real>(n: usize, seed: u64, spec: &RuleSpec) {
+        let w: Vec<W> = noise(n, seed)
+            .iter()
+            .map(|v| W::store(W::Acc::from_f64(f64::from(*v) - 0.5)))
+            .collect();
+        let importance = |k| {
+            noise(n, seed + k)
+                .iter()
+                .map(|v| I::from_f64(f64::from(*v)))
+                .collect::<Vec<_>>()
+        };
+        let (f, d) = (importance(1), importance(2));
+        let (expected, counts) = oracle(&w, &f, &d, spec);
+        for_each_level(|level| {
+            for threads in [1, 3] {
+                par::set_num_threads(threads);
+                let mut got = w.clone();
+                let (found, patch) = run(&mut got, &f, &d, spec, Mode::Recorded).unwrap();
+                assert!(got == expected, "{level:?}");
+                assert_eq!(found, counts);
+                let (wr, fr, dr) = (
+                    Rows::matrix(&w, n),
+                    Rows::matrix(&f, n),
+                    Rows::matrix(&d, n),
+                );
+                assert_eq!(preview(&wr, &fr, &dr, spec).unwrap(), counts);
+                assert_eq!(
+                    selection_curve(&fr, &dr, &[spec.alpha], spec).unwrap(),
+                    [counts.count]
+                );
+                patch
+                    .unwrap()
+                    .restore(RowsMut::matrix(&mut got, n))
+                    .unwrap();
+                assert!(got == w, "restored");
+            }
+        });
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn equals_the_rule_on_every_level(
+            n in prop_oneof![0usize..700, Just(3 * ITEM + 65)],
+            seed in any::<u32>(),
+            alpha in prop_oneof![Just(0.0), Just(0.5), Just(10.0), Just(200.0)],
+            lam in prop_oneof![Just(1.0), Just(20.0), Just(0.0)],
+            exponent in prop_oneof![Just(1.0), Just(0.5)],
+            counts in prop_oneof![Just((1.0, 1.0)), Just((3.0, 700.0))],
+        ) {
+            let spec = RuleSpec {
+                alpha, lam, exponent, min_factor: 0.01, forget_count: counts.0, retain_count: counts.1,
+                ..RuleSpec::default()
+            };
+            let seed = u64::from(seed);
+            case::<f32, f32>(n, seed, &spec);
+            case::<bf16, f32>(n, seed, &spec);
+            case::<f16, f64>(n, seed, &spec);
+            case::<f64, f32>(n, seed, &spec);
+        }
+
+        #[test]
+        fn strided_rows_as_contiguous_ones(rows in 1usize..40, width in 1usize..200, gap in 0usize..9, seed in any::<u32>()) {
+            let n = rows * width;
+            let (w, f, d) = (noise(n, 1), noise(n, u64::from(seed)), noise(n, 3));
+            let spread = |x: &[f32]| {
+                let mut out = vec![7.0; rows * (width + gap)];
+                for (to, from) in out.chunks_mut(width + gap).zip(x.chunks(width)) {
+                    to[..width].copy_from_slice(from);
+                }
+                out
+            };
+            let layout = || crate::view::RowLayout::new("x", &[rows, width], &[(width + gap) as isize, 1]).unwrap();
+            let spec = RuleSpec { alpha: 2.0, ..RuleSpec::default() };
+            let mut expected = w.clone();
+            let (counts, _) = run(&mut expected, &f, &d, &spec, Mode::Guarded).unwrap();
+            let (mut ws, fs, ds) = (spread(&w), spread(&f), spread(&d));
+            let before = ws.clone();
+            let view = RowsMut::new("w", &mut ws, layout()).unwrap();
+            let (f, d) = (Rows::new("f", &fs, layout()).unwrap(), Rows::new("d", &ds, layout()).unwrap());
+            let (found, patch) = dampen(view, &f, &d, &spec, Mode::Recorded).unwrap();
+            prop_assert_eq!(found, counts);
+            prop_assert_eq!(&ws, &spread(&expected));
+            patch.unwrap().restore(RowsMut::new("w", &mut ws, layout()).unwrap()).unwrap();
+            prop_assert_eq!(ws, before);
+        }
+
+        #[test]
+        fn the_curve_counts_what_dampening_selects(n in 0usize..3000, seed in any::<u32>()) {
+            let (f, d) = (noise(n, u64::from(seed)), noise(n, 5));
+            let alphas = [30.0, 0.0, 1.0, 2.5];
+            let (fr, dr) = (Rows::matrix(&f, n), Rows::matrix(&d, n));
+            let curve = selection_curve(&fr, &dr, &alphas, &RuleSpec::default()).unwrap();
+            for (alpha, count) in alphas.into_iter().zip(curve) {
+                let spec = RuleSpec { alpha, ..RuleSpec::default() };
+                let (found, _) = run(&mut vec![1f32; n], &f, &d, &spec, Mode::Guarded).unwrap();
+                prop_assert_eq!(found.count, count);
+            }
+        }
+    }
+
+    #[test]
+    fn the_curve_refuses_bad_importances() {
+        let (f, d) = ([1.0f32, f32::NAN], [1.0f32, 1.0]);
+        let (f, d) = (Rows::matrix(&f, 2), Rows::matrix(&d, 2));
+        for alphas in [&[][..], &[1.0]] {
+            let got = selection_curve(&f, &d, alphas, &RuleSpec::default());
+            assert!(matches!(got, Err(Error::NonFinite { index: 1, .. })));
+        }
+    }
+}

@@ -289,3 +289,130 @@ pub fn combine<A: Sum>(sum: &mut [A], other: &[A], subtract: bool) -> Result<()>
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::for_each_level;
+    use half::{bf16, f16};
+    use proptest::prelude::*;
+
+    fn case<T: Element, A: Sum>(grads: &[f32], n: usize, weight: f64, unit: f64) {
+        let grads: Vec<T> = grads
+            .iter()
+            .map(|v| T::store(T::Acc::from_f64(f64::from(*v))))
+            .collect();
+        let stacks = grads.len() / n;
+        let exact: Vec<f64> = (0..n)
+            .map(|i| {
+                (0..stacks)
+                    .map(|b| weight * grads[b * n + i].load().to_f64().powi(2))
+                    .sum()
+            })
+            .collect();
+        let mut seen = None;
+        for_each_level(|_| {
+            for threads in [1, 3] {
+                par::set_num_threads(threads);
+                let mut sum = vec![A::ZERO; n];
+                accumulate(&mut sum, &grads[..stacks * n], weight).unwrap();
+                for (s, e) in sum.iter().zip(&exact) {
+                    let bound = (stacks + 3) as f64 * unit * e;
+                    assert!((s.to_f64() - e).abs() <= bound + 1e-44, "{s:?} {e}");
+                }
+                assert!(*seen.get_or_insert(sum.clone()) == sum);
+            }
+        });
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn within_its_bound_for_every_dtype(
+            grads in prop::collection::vec(-1e3f32..1e3, 1..4000),
+            stacks in 1usize..5,
+            weight in prop_oneof![Just(1.0), 0.1f64..50.0],
+        ) {
+            let n = grads.len() / stacks;
+            prop_assume!(n > 0);
+            let (single, double) = (f64::from(f32::EPSILON) / 2.0, f64::EPSILON);
+            case::<f32, f32>(&grads, n, weight, single);
+            case::<f16, f32>(&grads, n, weight, single);
+            case::<bf16, f32>(&grads, n, weight, single);
+            case::<bf16, f64>(&grads, n, weight, double);
+            case::<f64, f64>(&grads, n, weight, double);
+        }
+    }
+
+    #[test]
+    fn refuses_what_would_poison_and_adds_nothing() {
+        let sum = vec![1f32; 3 * ITEM];
+        let at = 2 * ITEM + 5;
+        for bad in [f32::NAN, f32::INFINITY, 1e20, -2e19] {
+            let mut g = vec![0.5f32; 3 * ITEM];
+            g[at] = bad;
+            let mut got = sum.clone();
+            let err = accumulate(&mut got, &g, 1.0).unwrap_err();
+            assert!(
+                matches!(err, Error::NonFinite { index, .. } if index == at),
+                "{err}"
+            );
+            assert!(got == sum);
+        }
+    }
+
+    #[test]
+    fn large_but_representable_sums_pass() {
+        let g = [1.8e19f32, 1e18];
+        let mut sum = [0f32; 2];
+        accumulate(&mut sum, &g, 1.0).unwrap();
+        assert!(sum.iter().all(|s| s.is_finite()));
+        assert!(accumulate(&mut sum, &g, 1.0).is_err());
+        assert_eq!(sum[0], 1.8e19f32 * 1.8e19);
+        // Small terms never overflow even the largest finite sum.
+        let mut full = [f32::MAX];
+        for _ in 0..3 {
+            accumulate(&mut full, &[2f32.powi(50)], 2.0).unwrap();
+        }
+        assert_eq!(full, [f32::MAX]);
+    }
+
+    #[test]
+    fn refuses_weights_and_lengths() {
+        let mut sum = [0f32; 4];
+        for weight in [-1.0, f64::NAN, 1e39] {
+            assert!(matches!(
+                accumulate(&mut sum, &[1f32; 4], weight),
+                Err(Error::Value { .. })
+            ));
+        }
+        assert!(matches!(
+            accumulate(&mut sum, &[1f32; 6], 1.0),
+            Err(Error::Shape { .. })
+        ));
+        assert!(accumulate::<f32, f32>(&mut [], &[], 1.0).is_ok());
+    }
+
+    #[test]
+    fn combines_both_ways() {
+        let mut a = [1.0f32, 2.0, 0.1];
+        combine(&mut a, &[0.5, 2.0, 0.0], false).unwrap();
+        assert_eq!(a, [1.5, 4.0, 0.1]);
+        combine(&mut a, &[0.5, 4.0 + 1e-6, 0.1], true).unwrap();
+        assert_eq!(a, [1.0, 0.0, 0.0]);
+        let before = a;
+        assert!(matches!(
+            combine(&mut a, &[2.0, 0.0, 0.0], true),
+            Err(Error::Value { .. })
+        ));
+        assert!(matches!(
+            combine(&mut a, &[0.0, f32::NAN, 0.0], false),
+            Err(Error::NonFinite { .. })
+        ));
+        assert!(matches!(
+            combine(&mut [f32::MAX], &[f32::MAX], false),
+            Err(Error::NonFinite { .. })
+        ));
+        assert_eq!(a, before);
+    }
+}
