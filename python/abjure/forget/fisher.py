@@ -391,7 +391,7 @@ def _readable(g: Any, name: str) -> Any:
         if g.device.type != "cpu":
             return g.detach()
         return source(g, "gradients").contiguous()
-    g = source(g, "gradients")
+    g = source(np.asarray(g) if isinstance(g, np.generic) else g, "gradients")
     return g if not isinstance(g, np.ndarray) or g.flags.c_contiguous else np.array(g, order="C")
 
 
