@@ -331,7 +331,7 @@ def test_bad_models_and_importances_modify_nothing(undo):
 def test_units_must_agree():
     model = Tied()
     forget, retain = fishers(model)[0], fishers(model, unit="sample")[1]
-    with pytest.raises(abjure.ArgumentError, match="unit 'batch'.*'sample'"):
+    with pytest.raises(abjure.ArgumentError, match=r"unit 'batch'.*'sample'"):
         dampen_(model, forget, retain)
 
 
@@ -382,7 +382,7 @@ def test_undo_checks_what_it_is_given():
     model = Tied()
     forget, retain = fishers(model)
     report = dampen_(model, forget, retain, 1.0)
-    with pytest.raises(abjure.ArgumentError, match="'embed.weight'"):
+    with pytest.raises(abjure.ArgumentError, match=r"'embed.weight'"):
         report.undo({"body.weight": model.body.weight.detach()})
     with pytest.raises(abjure.DTypeError, match="weights"):
         report.undo(Tied(torch.float16))

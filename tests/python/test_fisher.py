@@ -162,7 +162,7 @@ def test_merge_refuses_what_does_not_mix():
         Fisher("sample").merge(a)
     with pytest.raises(abjure.ArgumentError, match="count of at most 1"):
         a.subtract(fisher_of(1.0, 1.0))
-    with pytest.raises(abjure.ArgumentError, match="'w'.*difference"):
+    with pytest.raises(abjure.ArgumentError, match=r"'w'.*difference"):
         a.subtract(fisher_of(2.0))
     assert a.count == 1
     assert a["w"] == 1
@@ -205,9 +205,9 @@ def test_stacked_gradients_must_agree():
 
 
 def test_constructor_and_lookup_errors():
-    with pytest.raises(abjure.ArgumentError, match="unit.*'token'"):
+    with pytest.raises(abjure.ArgumentError, match=r"unit.*'token'"):
         Fisher("token")
-    with pytest.raises(abjure.ArgumentError, match="dtype.*'bfloat16'"):
+    with pytest.raises(abjure.ArgumentError, match=r"dtype.*'bfloat16'"):
         Fisher(dtype="bfloat16")
     with pytest.raises(abjure.ArgumentError, match="'nope'"):
         fisher_of(1.0).mean("nope")
@@ -244,7 +244,7 @@ def test_bad_paths_and_files(tmp_path):
     with pytest.raises(abjure.ArgumentError, match="path"):
         fisher.save(folder)
     assert os.listdir(tmp_path) == ["folder"]
-    with pytest.raises(abjure.ArgumentError, match="path.*readable"):
+    with pytest.raises(abjure.ArgumentError, match=r"path.*readable"):
         Fisher.load(tmp_path / "none.safetensors")
     (tmp_path / "noise").write_bytes(b"not a file of tensors")
     with pytest.raises(abjure.ArgumentError, match="path"):

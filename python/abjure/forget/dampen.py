@@ -20,9 +20,13 @@ from .params import chosen, listed, named, ties
 class Selection(NamedTuple):
     """How many weights a dampening selected, how many of those changed value, and how many of those became 0."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     changed: int
     zeroed: int
+
+
+#: alpha, lam, exponent, max_factor, min_factor.
+_Numbers = tuple[float, float, float, float, float]
 
 
 def dampen_array_(
@@ -72,7 +76,7 @@ def dampen_array_(
     return _dampen(weights, forget, retain, _floats(numbers), (1.0, 1.0), False, False)[0]
 
 
-def _floats(numbers: Sequence[Any]) -> tuple[float, ...]:
+def _floats(numbers: tuple[Any, Any, Any, Any, Any]) -> _Numbers:
     names = ("alpha", "lam", "exponent", "max_factor", "min_factor")
     found = []
     for name, v in zip(names, numbers, strict=True):
@@ -80,14 +84,15 @@ def _floats(numbers: Sequence[Any]) -> tuple[float, ...]:
             found.append(float(v))
         except (TypeError, ValueError):
             raise ArgumentError(f"{name}: expected a number, got {v!r}") from None
-    return tuple(found)
+    alpha, lam, exponent, max_factor, min_factor = found
+    return alpha, lam, exponent, max_factor, min_factor
 
 
 def _dampen(
     weights: Any,
     forget: Any,
     retain: Any,
-    numbers: tuple[float, ...],
+    numbers: _Numbers,
     counts: tuple[float, float],
     record: bool,
     dry_run: bool,

@@ -78,7 +78,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad():  # type: ignore[no-untyped-call]
             yield
     finally:
         for m, training in modes:
