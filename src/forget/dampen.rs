@@ -411,7 +411,7 @@ fn classify<I: Real>(class: &mut [u8; TILE], rule: &Rule<I>, f: &[I], d: &[I]) -
     for (class, (f, d)) in class.as_chunks_mut::<BLOCK>().0.iter_mut().zip(blocks) {
         prefetch(f, AHEAD, BLOCK);
         prefetch(d, AHEAD, BLOCK);
-        match (f.as_array::<BLOCK>(), d.as_array::<BLOCK>()) {
+        match (f.first_chunk::<BLOCK>(), d.first_chunk::<BLOCK>()) {
             (Some(f), Some(d)) => classify_block(class, rule, f, d),
             _ => classify_block(class, rule, f, d),
         }
@@ -902,7 +902,8 @@ mod tests {
         let r = |v| I::from_f64(v);
         let one = |((w, f), d): ((&W, &I), &I)| {
             let (f, d) = (*f / r(s.forget_count), *d / r(s.retain_count));
-            if !(f > r(s.alpha) * d) {
+            let selected = f > r(s.alpha) * d;
+            if !selected {
                 return *w;
             }
             let mut ratio = d * r(s.lam) / f;
