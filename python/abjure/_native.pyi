@@ -23,6 +23,34 @@ def token_logprobs_backward(
     logits: Any, labels: Any, lse: Any, upstream: Any, grad: Any, ignore_index: int
 ) -> None: ...
 
+class Patch:
+    @property
+    def nbytes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def restore(self, weights: Any) -> None: ...
+
+def dampen(
+    weights: Any,
+    forget: Any,
+    retain: Any,
+    alpha: float,
+    lam: float,
+    exponent: float,
+    max_factor: float,
+    min_factor: float,
+    forget_count: float,
+    retain_count: float,
+    record: bool,
+    dry_run: bool,
+) -> tuple[tuple[int, int, int], Patch | None]: ...
+def check_importances(forget: Any, retain: Any) -> None: ...
+def selection_curve(
+    forget: Any, retain: Any, alphas: list[float], forget_count: float, retain_count: float
+) -> list[int]: ...
+def fisher_check(sum: Any, grad: Any, weight: float) -> None: ...
+def fisher_accumulate(sum: Any, grad: Any, weight: float, checked: bool = False) -> None: ...
+def fisher_combine(sum: Any, other: Any, subtract: bool, check_only: bool = False) -> None: ...
+
 # directions
 
 _F64 = npt.NDArray[np.float64]
