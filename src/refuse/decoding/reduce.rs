@@ -1,0 +1,427 @@
+//! Reductions of a row: log-sum-exp, the margin of a group of tokens over all others, and the gap between maxima.
+//!
+//! A margin is `LSE_group − LSE_rest`. The rest is summed with the group's entries left out, never by subtracting
+//! their exponentials from the whole, which would cancel where the group holds nearly all the probability.
+
+use super::exp::exp_nonpositive;
+use super::{is_poison, no_token_left, poison_error};
+use crate::element::{Element, Real};
+use crate::simd::{self, Kernel, dispatch};
+use crate::view::Rows;
+use crate::{Error, Result, par};
+
+/// Elements per step of a scan; a multiple of every lane count.
+const BLOCK: usize = 1024;
+/// Accumulators of a sum of exponentials.
+const LANES: usize = 16;
+
+/// `sum · e^max`, a sum of exponentials that cannot overflow.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogSum {
+    max: f64,
+    sum: f64,
+}
+
+impl LogSum {
+    /// The empty sum.
+    pub const EMPTY: Self = Self {
+        max: f64::NEG_INFINITY,
+        sum: 0.0,
+    };
+
+    /// `e^x` alone.
+    pub fn of(x: f64) -> Self {
+        if x == f64::NEG_INFINITY {
+            return Self::EMPTY;
+        }
+        Self { max: x, sum: 1.0 }
+    }
+
+    /// The sum of both.
+    #[inline(always)]
+    pub fn plus(self, other: Self) -> Self {
+        let (high, low) = if other.max > self.max {
+            (other, self)
+        } else {
+            (self, other)
+        };
+        if low.sum == 0.0 {
+            return high;
+        }
+        Self {
+            max: high.max,
+            sum: high.sum + low.sum * exp_nonpositive(low.max - high.max),
+        }
+    }
+
+    /// The logarithm; −∞ for the empty sum.
+    pub fn ln(self) -> f64 {
+        if self.sum == 0.0 {
+            f64::NEG_INFINITY
+        } else {
+            self.max + self.sum.ln()
+        }
+    }
+}
+
+impl FromIterator<f64> for LogSum {
+    fn from_iter<I: IntoIterator<Item = f64>>(values: I) -> Self {
+        values
+            .into_iter()
+            .fold(Self::EMPTY, |sum, x| sum.plus(Self::of(x)))
+    }
+}
+
+/// Calls `visit` with the row's blocks, the `excluded` entries (ascending) replaced by −∞, until it returns false.
+#[inline(always)]
+fn blocks<T: Element>(row: &[T], excluded: &[u32], mut visit: impl FnMut(&[T]) -> bool) {
+    let absent = T::store(-T::Acc::INFINITY);
+    let mut scratch = [absent; BLOCK];
+    let mut excluded = excluded;
+    for (i, block) in row.chunks(BLOCK).enumerate() {
+        let start = i * BLOCK;
+        let here = excluded
+            .iter()
+            .take_while(|id| (**id as usize) < start + block.len())
+            .count();
+        let view = if here == 0 {
+            block
+        } else {
+            let copy = &mut scratch[..block.len()];
+            copy.copy_from_slice(block);
+            for id in &excluded[..here] {
+                copy[*id as usize - start] = absent;
+            }
+            excluded = &excluded[here..];
+            &*copy
+        };
+        if !visit(view) {
+            return;
+        }
+    }
+}
+
+/// The largest entry, and whether any is NaN.
+#[inline(always)]
+fn peak<T: Element>(block: &[T]) -> (T::Acc, bool) {
+    let mut nan = [0u32; simd::LANES];
+    let (chunks, rest) = block.as_chunks::<{ simd::LANES }>();
+    for chunk in chunks {
+        for (n, v) in nan.iter_mut().zip(chunk) {
+            *n |= u32::from(v.load().is_nan());
+        }
+    }
+    for (n, v) in nan.iter_mut().zip(rest) {
+        *n |= u32::from(v.load().is_nan());
+    }
+    (simd::max(block), nan.iter().fold(0, |a, b| a | b) != 0)
+}
+
+/// `Σ e^{(x − max) · inverse_temperature}`.
+#[inline(always)]
+fn exp_sum<T: Element>(block: &[T], max: f64, inverse_temperature: f64) -> f64 {
+    let mut acc = [0.0; LANES];
+    let term = |v: T| exp_nonpositive((v.load().to_f64() - max) * inverse_temperature);
+    let (chunks, rest) = block.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (a, v) in acc.iter_mut().zip(chunk) {
+            *a += term(*v);
+        }
+    }
+    for (a, v) in acc.iter_mut().zip(rest) {
+        *a += term(*v);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            acc[i] += acc[i + width];
+        }
+        width /= 2;
+    }
+    acc[0]
+}
+
+/// Largest entry of a row without the excluded ones; `None` if the row holds a NaN or +∞ among the rest.
+pub struct Peak<'a, T> {
+    pub row: &'a [T],
+    pub excluded: &'a [u32],
+}
+
+impl<T: Element> Kernel for Peak<'_, T> {
+    type Output = Option<f64>;
+    #[inline(always)]
+    fn run(self) -> Option<f64> {
+        let mut max = -T::Acc::INFINITY;
+        let mut nan = false;
+        blocks(self.row, self.excluded, |block| {
+            let (m, n) = peak(block);
+            max = m.greater(max);
+            nan |= n;
+            true
+        });
+        (!nan && max < T::Acc::INFINITY).then(|| max.to_f64())
+    }
+}
+
+/// Sum of the exponentials of a row without the excluded entries, at a temperature. Stops early once `enough` says so
+/// of the sum so far. `None` if what was read holds a NaN or +∞.
+pub struct SumExp<'a, T, F> {
+    pub row: &'a [T],
+    pub excluded: &'a [u32],
+    pub inverse_temperature: f64,
+    pub enough: F,
+}
+
+impl<T: Element, F: FnMut(LogSum) -> bool> Kernel for SumExp<'_, T, F> {
+    type Output = Option<LogSum>;
+    #[inline(always)]
+    fn run(self) -> Option<LogSum> {
+        let Self {
+            row,
+            excluded,
+            inverse_temperature,
+            mut enough,
+        } = self;
+        let mut total = LogSum::EMPTY;
+        let mut sound = true;
+        blocks(row, excluded, |block| {
+            let (max, nan) = peak(block);
+            sound &= !nan && max < T::Acc::INFINITY;
+            if !sound || max == -T::Acc::INFINITY {
+                return sound;
+            }
+            let max = max.to_f64();
+            total = total.plus(LogSum {
+                max: max * inverse_temperature,
+                sum: exp_sum(block, max, inverse_temperature),
+            });
+            !enough(total)
+        });
+        sound.then_some(total)
+    }
+}
+
+/// Groups of token ids whose probability is compared with all others'.
+#[derive(Debug, Clone)]
+pub struct Groups {
+    /// All tokens of all groups, ascending.
+    union: Vec<u32>,
+    /// Per group the positions of its tokens in `union`, ascending.
+    members: Vec<Vec<u32>>,
+}
+
+impl Groups {
+    /// Groups over a vocabulary of `width`; a token may be in several groups but once in each.
+    ///
+    /// # Errors
+    /// `Value` for no group, an empty group, an id outside the vocabulary, an id twice in a group.
+    pub fn new(arg: &'static str, groups: &[Vec<i64>]) -> Result<Self> {
+        if groups.is_empty() {
+            return Err(Error::value(arg, "at least one group of token ids", "none"));
+        }
+        let mut union = Vec::new();
+        for (i, group) in groups.iter().enumerate() {
+            if group.is_empty() {
+                return Err(Error::value(
+                    arg,
+                    "at least one token id in each group",
+                    format!("none in group {i}"),
+                ));
+            }
+            for &id in group {
+                union.push(super::token(arg, id, u32::MAX as usize)?);
+            }
+        }
+        union.sort_unstable();
+        union.dedup();
+        let members = groups
+            .iter()
+            .map(|group| {
+                let mut at: Vec<u32> = group
+                    .iter()
+                    .map(|id| union.partition_point(|u| i64::from(*u) < *id) as u32)
+                    .collect();
+                at.sort_unstable();
+                match at.windows(2).find(|w| w[0] == w[1]) {
+                    Some(w) => Err(Error::value(
+                        arg,
+                        "each token id once in a group",
+                        format!("{} twice", union[w[0] as usize]),
+                    )),
+                    None => Ok(at),
+                }
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { union, members })
+    }
+
+    pub fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// All tokens of all groups, ascending.
+    pub fn union(&self) -> &[u32] {
+        &self.union
+    }
+
+    /// Positions in [`Groups::union`] of group `k`'s tokens.
+    pub fn members(&self, k: usize) -> &[u32] {
+        &self.members[k]
+    }
+
+    /// Checks the ids against the vocabulary of the logits at hand.
+    ///
+    /// # Errors
+    /// `Value` if an id is `width` or more.
+    pub fn expect_width(&self, arg: &'static str, width: usize) -> Result<()> {
+        match self.union.last() {
+            Some(&id) => super::token(arg, i64::from(id), width).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Splits values given in `union`'s order into those of group `k` and the others.
+    pub fn split(&self, k: usize, values: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let mut own = Vec::with_capacity(self.members[k].len());
+        let mut others = Vec::with_capacity(values.len());
+        let mut members = self.members[k].iter().peekable();
+        for (at, v) in values.iter().enumerate() {
+            if members.next_if(|m| **m as usize == at).is_some() {
+                own.push(*v);
+            } else {
+                others.push(*v);
+            }
+        }
+        (own, others)
+    }
+}
+
+/// Finds what [`Peak`] or [`SumExp`] found unsound.
+pub fn first_poison<T: Element>(i: usize, row: &[T]) -> Error {
+    match row.iter().position(|v| is_poison(*v)) {
+        Some(at) => poison_error(i, row.len(), at, row[at]),
+        None => no_token_left(i),
+    }
+}
+
+fn by_row<T: Element, R: Send>(
+    logits: &Rows<'_, T>,
+    f: impl Fn(usize, &[T]) -> Result<R> + Sync + Send,
+) -> Result<Vec<R>> {
+    let bytes = logits.rows() * logits.width() * size_of::<T>();
+    par::try_map(bytes, (0..logits.rows()).collect(), |i| f(i, logits.row(i)))
+}
+
+pub(super) fn inverse(temperature: f64) -> Result<f64> {
+    if temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite() {
+        return Ok(1.0 / temperature);
+    }
+    Err(Error::value(
+        "temperature",
+        "a positive finite number",
+        temperature,
+    ))
+}
+
+/// `ln Σ_j e^{z_j / T}` of every row.
+///
+/// # Errors
+/// `NonFinite` for NaN or +∞, `Degenerate` for a row of −∞ only, `Value` for a bad temperature.
+pub fn row_lse<T: Element>(logits: &Rows<'_, T>, temperature: f64) -> Result<Vec<f64>> {
+    let inverse_temperature = inverse(temperature)?;
+    by_row(logits, |i, row| {
+        let sum = dispatch(SumExp {
+            row,
+            excluded: &[],
+            inverse_temperature,
+            enough: |_| false,
+        });
+        match sum {
+            Some(sum) if sum != LogSum::EMPTY => Ok(sum.ln()),
+            _ => Err(first_poison(i, row)),
+        }
+    })
+}
+
+/// The entries of a row at `ids`, in f64.
+///
+/// # Errors
+/// `NonFinite` for NaN or +∞.
+pub fn gather<T: Element>(i: usize, row: &[T], ids: &[u32]) -> Result<Vec<f64>> {
+    ids.iter()
+        .map(|id| match row[*id as usize] {
+            v if is_poison(v) => Err(poison_error(i, row.len(), *id as usize, v)),
+            v => Ok(v.load().to_f64()),
+        })
+        .collect()
+}
+
+/// Margin of every group in every row, `LSE_group(z/T) − LSE_rest(z/T)`, so that the group's probability is `σ(margin)`.
+/// Rows × groups; +∞ where no other token is left, −∞ where the group has none.
+///
+/// # Errors
+/// As [`row_lse`], and `Value` for an id outside the vocabulary.
+pub fn margins<T: Element>(
+    logits: &Rows<'_, T>,
+    groups: &Groups,
+    temperature: f64,
+) -> Result<Vec<f64>> {
+    let inverse_temperature = inverse(temperature)?;
+    groups.expect_width("groups", logits.width())?;
+    let rows = by_row(logits, |i, row| {
+        let mut held = gather(i, row, groups.union())?;
+        held.iter_mut().for_each(|z| *z *= inverse_temperature);
+        let rest = dispatch(SumExp {
+            row,
+            excluded: groups.union(),
+            inverse_temperature,
+            enough: |_| false,
+        })
+        .ok_or_else(|| first_poison(i, row))?;
+        let margin = |k| {
+            let (own, others) = groups.split(k, &held);
+            let others: LogSum = others.into_iter().collect();
+            let own: LogSum = own.into_iter().collect();
+            (own.ln(), rest.plus(others).ln())
+        };
+        if rest == LogSum::EMPTY && held.iter().all(|z| *z == f64::NEG_INFINITY) {
+            return Err(no_token_left(i));
+        }
+        Ok((0..groups.len())
+            .map(margin)
+            .map(|(own, others)| own - others)
+            .collect::<Vec<_>>())
+    })?;
+    Ok(rows.concat())
+}
+
+/// Gap of every group in every row: its largest logit minus the largest of all others. Rows × groups.
+///
+/// # Errors
+/// As [`margins`].
+pub fn max_gaps<T: Element>(logits: &Rows<'_, T>, groups: &Groups) -> Result<Vec<f64>> {
+    groups.expect_width("groups", logits.width())?;
+    let largest = |v: &[f64]| v.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let rows = by_row(logits, |i, row| {
+        let held = gather(i, row, groups.union())?;
+        let rest = dispatch(Peak {
+            row,
+            excluded: groups.union(),
+        })
+        .ok_or_else(|| first_poison(i, row))?;
+        if rest.max(largest(&held)) == f64::NEG_INFINITY {
+            return Err(no_token_left(i));
+        }
+        Ok((0..groups.len())
+            .map(|k| {
+                let (own, others) = groups.split(k, &held);
+                largest(&own) - rest.max(largest(&others))
+            })
+            .collect::<Vec<_>>())
+    })?;
+    Ok(rows.concat())
+}
