@@ -51,10 +51,11 @@ pub fn baseline(group: &mut BenchmarkGroup<'_, WallTime>, id: &str, setup: &str,
                 None,
             )?;
             py.run(&source(setup), Some(&scope), None)?;
-            let code = py
-                .import("builtins")?
-                .getattr("compile")?
-                .call1((statement, "<baseline>", "exec"))?;
+            let code = py.import("builtins")?.getattr("compile")?.call1((
+                statement,
+                "<baseline>",
+                "exec",
+            ))?;
             let exec = py.import("builtins")?.getattr("exec")?;
             exec.call1((&code, &scope))?;
             group.bench_function(id, |bench| {

@@ -162,7 +162,9 @@ def _forbid_(scores: Any, indptr: Any, ids: Any, values: Any, dead_end: int | No
     _expect_ids([*ids, dead_end], scores.shape[1], "phrases")
     row = np.repeat(np.arange(scores.shape[0]), np.diff(indptr))
     on_device = [torch.as_tensor(v, device=scores.device) for v in (row, ids, np.isneginf(values))]
-    dead = ~_alive_after(scores, *on_device).cpu().numpy() & np.bincount(row[values == -np.inf], minlength=len(scores)).astype(bool)
+    dead = ~_alive_after(scores, *on_device).cpu().numpy() & np.bincount(
+        row[values == -np.inf], minlength=len(scores)
+    ).astype(bool)
     stays = ~dead[row]
     counts = np.bincount(row[stays], minlength=len(scores))
     forced = np.where(dead, dead_end, -1)

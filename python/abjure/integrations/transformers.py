@@ -1,7 +1,7 @@
 """The logits processors as subclasses of transformers' own base class, for code that checks for it.
 
-Pass them to ``model.generate(..., logits_processor=LogitsProcessorList([...]))``. They run before temperature, top-k and
-top-p, on float32 scores; one object serves one generation at a time.
+Pass them to ``model.generate(..., logits_processor=LogitsProcessorList([...]))``. They run before temperature,
+top-k and top-p, on float32 scores; one object serves one generation at a time.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class Prompt:
     """Prompt length of each row, given or found from the calls of one generation.
 
     Without given lengths, the width of the first call is the prompt of all rows, padding included. A call continues the
-    generation if it has as many rows, is one token wider and ends its prompt with the same tokens; any other call begins
-    a new one. That holds for `generate()` with greedy, sampled and beam search, where beams never leave their prompt.
+    generation if it has as many rows, is one token wider and ends its prompt with the same tokens; any other call
+    begins a new one. That holds for `generate()` with greedy, sampled and beam search, where beams never leave their prompt.
     """
 
     def __init__(self, given: int | Sequence[int] | None) -> None:
@@ -58,7 +58,9 @@ class Prompt:
         given = self._given
         assert given is not None
         if rows % given.size:
-            raise ShapeError(f"prompt_length: expected one per row or per group of beams ({rows} rows), got {given.size}")
+            raise ShapeError(
+                f"prompt_length: expected one per row or per group of beams ({rows} rows), got {given.size}"
+            )
         return np.repeat(given, rows // given.size)
 
     def _end_of_prompt(self, input_ids: Any) -> np.ndarray[Any, Any]:

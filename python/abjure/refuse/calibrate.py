@@ -23,7 +23,9 @@ _EXACT_MAX = 20_000
 def _numbers(x: Any, arg: str, ndims: tuple[int, ...]) -> np.ndarray[Any, Any]:
     values = x.detach().cpu().double().numpy() if hasattr(x, "detach") else np.asarray(x, dtype=np.float64)
     if values.ndim not in ndims or 0 in values.shape:
-        raise ShapeError(f"{arg}: expected a non-empty array of {' or '.join(map(str, ndims))} axes, got {values.shape}")
+        raise ShapeError(
+            f"{arg}: expected a non-empty array of {' or '.join(map(str, ndims))} axes, got {values.shape}"
+        )
     if np.isnan(values).any():
         raise NonFiniteError(f"{arg}: NaN at flat index {int(np.isnan(values).argmax())}")
     return np.asarray(values, dtype=np.float64)
@@ -143,7 +145,7 @@ class Threshold:
     n_required: int
     #: Exact chance that data without ties break the claim (PAC); None for the conformal claim.
     failure_probability: float | None
-    #: Smallest distance of a calibration score from :attr:`gate`: how far serving may deviate without a changed verdict.
+    #: Smallest distance of a calibration score from :attr:`gate`: how far serving may deviate and decide alike.
     guard: float
     #: The shortest decimal that decides all calibration scores alike under "refuse where the score is at least it".
     decimal: str
@@ -235,8 +237,8 @@ def calibrate_threshold(
     Args:
         scores: ``(n,)`` of benign prompts for a ceiling, of harmful ones for a floor; infinities are legal.
         alpha: largest rate of benign prompts refused (ceiling), or of harmful ones missed (floor).
-        delta: None for the conformal claim, ``P(error at the next prompt) <= alpha`` over data and prompt (ceiling: rank
-            ``ceil((n + 1)(1 - alpha))``); else, with probability ``1 - delta`` over the data, rate ``<= alpha``
+        delta: None for the conformal claim, ``P(error at the next prompt) <= alpha`` over data and prompt (ceiling:
+            rank ``ceil((n + 1)(1 - alpha))``); else, with probability ``1 - delta`` over the data, rate ``<= alpha``
             (``e = max{e : BinomCDF(e; n, alpha) <= delta}`` scores may lie beyond it).
         side: ``"ceiling"`` on over-refusal or ``"floor"`` under the catch rate.
 

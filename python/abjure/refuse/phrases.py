@@ -59,10 +59,10 @@ class ForbiddenPhrases:
     extend a phrase of L tokens of which the context ends with m (of several penalties for a token the strongest counts;
     the first token of a phrase is not taxed, or every sentence with that word would be).
 
-    Phrases are an Aho-Corasick automaton over token ids. Its state is recomputed in every row at every step from the last
-    ``longest - 1`` tokens of the context, so beams may be permuted and rows may join and leave. A step costs what
-    matches: the work does not grow with the vocabulary, nor with the number of phrases but for those of one token, which
-    are one write per row each. Other entries of ``scores`` are not read.
+    Phrases are an Aho-Corasick automaton over token ids. Its state is recomputed in every row at every step from the
+    last ``longest - 1`` tokens of the context, so beams may be permuted and rows may join and leave. A step costs what
+    matches: the work does not grow with the vocabulary, nor with the number of phrases but for those of one token,
+    which are one write per row each. Other entries of ``scores`` are not read.
 
     Exact id sequences are matched. Text that can be spelt in other tokens than those given passes: with ``tokenizer``,
     each phrase is encoded with and without a leading space, as written, in lower and upper case and with a capital.
@@ -84,8 +84,8 @@ class ForbiddenPhrases:
         max_length: longest phrase accepted, in tokens.
 
     Raises:
-        ArgumentError: no phrases; phrases that are empty, duplicate, too long or hold an id outside the vocabulary, with
-            their indices; a negative penalty; an unknown option.
+        ArgumentError: no phrases; phrases that are empty, duplicate, too long or hold an id outside the vocabulary,
+            with their indices; a negative penalty; an unknown option.
         DTypeError: phrases that are not lists of whole numbers, texts without a tokenizer.
 
     Source: Aho and Corasick, 1975; the penalty as used for generation-time unlearning (arXiv 2505.13312) is our form.

@@ -5,8 +5,9 @@ use crate::element::{Element, Real};
 use crate::view::RowsMut;
 use crate::{Error, Result, par};
 
-/// Memory a scattered write moves: the line it lies in.
-const LINE: usize = 64;
+/// What a scattered write counts towards waking the pool. Beside a model's own threads that takes as long as thousands
+/// of writes, so a write counts as no more than its element, though it moves a line.
+const WRITE: usize = 4;
 
 /// What to add to which entries, row by row; ids ascend and are unique within a row.
 #[derive(Debug, Clone)]
@@ -91,9 +92,9 @@ impl Edits {
         }
     }
 
-    /// Memory moved over `rows` rows, to decide whether threads are worth waking.
+    /// Size of the work over `rows` rows, to decide whether threads are worth waking.
     fn bytes(&self, rows: usize) -> usize {
-        LINE * self.ids.len() * if self.shared { rows } else { 1 }
+        WRITE * self.ids.len() * if self.shared { rows } else { 1 }
     }
 }
 
@@ -233,9 +234,9 @@ pub fn force<T: Element>(logits: RowsMut<'_, T>, ids: &[i64]) -> Result<()> {
     Ok(())
 }
 
-/// Memory moved by `n` scattered writes.
+/// Size of `n` scattered writes, to decide whether threads are worth waking.
 pub fn scattered(n: usize) -> usize {
-    LINE * n
+    WRITE * n
 }
 
 #[cfg(test)]

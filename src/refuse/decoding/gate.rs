@@ -335,15 +335,20 @@ impl Gate {
         }
     }
 
+    fn add_bias<T: Element>(&self, row: &mut [T]) {
+        for (id, b) in self.groups.union().iter().zip(&self.bias) {
+            row[*id as usize] = biased(row[*id as usize], *b);
+        }
+    }
+
     fn write<T: Element>(&self, row: &mut [T], action: &Action) {
         match action {
             Action::Nothing => {}
-            Action::Force(id) => force_row(row, *id),
-            Action::Bias => {
-                for (id, b) in self.groups.union().iter().zip(&self.bias) {
-                    row[*id as usize] = biased(row[*id as usize], *b);
-                }
+            Action::Force(id) => {
+                self.add_bias(row);
+                force_row(row, *id);
             }
+            Action::Bias => self.add_bias(row),
             Action::Remove => {
                 for id in self.groups.union() {
                     row[*id as usize] = T::store(-T::Acc::INFINITY);
@@ -411,4 +416,229 @@ fn overlap(groups: &Groups) -> Error {
     let at = seen.iter().position(|n| *n > 1).unwrap_or(0);
     let found = format!("{} in two", groups.union()[at]);
     Error::value("categories", "each token id in one category", found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::reduce::margins;
+    use super::*;
+    use crate::view::Rows;
+    use proptest::prelude::*;
+
+    const NEG: f64 = f64::NEG_INFINITY;
+    const INF: f64 = f64::INFINITY;
+
+    fn options(thresholds: &[Option<f64>], rule: Rule, no_fire: NoFire) -> GateOptions {
+        GateOptions {
+            bias: vec![0.0; thresholds.len()],
+            thresholds: thresholds.to_vec(),
+            rule,
+            no_fire,
+            temperature: 1.0,
+        }
+    }
+
+    fn ask(gate: &Gate, z: &mut [f64]) -> Result<i64> {
+        let width = z.len();
+        gate.apply(RowsMut::matrix(z, width), &[Position::Gate])
+            .map(|v| v[0])
+    }
+
+    fn one(id: i64, threshold: f64, no_fire: NoFire) -> Gate {
+        Gate::new(
+            &[vec![id]],
+            options(&[Some(threshold)], Rule::Ratio, no_fire),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn thresholds_are_exact_at_the_margin() {
+        let z = [2.0, 1.9, 1.8, 1.7, 1.75, 2.05];
+        let groups = Groups::new("groups", &[vec![5]]).unwrap();
+        let m = margins(&Rows::matrix(&z, 6), &groups, 1.0).unwrap()[0];
+        for (threshold, fires) in [(m, true), (m.next_down(), true), (m.next_up(), false)] {
+            let mut row = z;
+            let got = ask(&one(5, threshold, NoFire::Keep), &mut row).unwrap();
+            assert_eq!(got >= 0, fires);
+            let forced = [NEG, NEG, NEG, NEG, NEG, 2.05];
+            assert_eq!(row, if fires { forced } else { z });
+        }
+    }
+
+    #[test]
+    fn ends_of_the_scale() {
+        let z = [1.0, 2.0, NEG];
+        assert_eq!(
+            ask(&one(2, NEG, NoFire::Keep), &mut z.clone()).unwrap(),
+            0,
+            "probability 0 is enough"
+        );
+        assert_eq!(
+            ask(&one(2, -700.0, NoFire::Keep), &mut z.clone()).unwrap(),
+            NO_FIRE
+        );
+        assert_eq!(
+            ask(&one(1, INF, NoFire::Keep), &mut z.clone()).unwrap(),
+            NO_FIRE
+        );
+        assert_eq!(
+            ask(&one(1, INF, NoFire::Keep), &mut [NEG, 2.0, NEG]).unwrap(),
+            0,
+            "nothing else is left"
+        );
+    }
+
+    #[test]
+    fn what_happens_without_a_fire() {
+        let z = [1.0, 2.0, 3.0];
+        let mut row = z;
+        ask(&one(2, 9.0, NoFire::Free), &mut row).unwrap();
+        assert_eq!(row, [1.0, 2.0, NEG]);
+        row = z;
+        ask(&one(2, 9.0, NoFire::Respond(0)), &mut row).unwrap();
+        assert_eq!(row, [1.0, NEG, NEG]);
+        let gate = Gate::new(&[vec![2]], options(&[None], Rule::Ratio, NoFire::Free)).unwrap();
+        let mut last = [NEG, NEG, 3.0];
+        assert!(matches!(
+            ask(&gate, &mut last),
+            Err(Error::Degenerate { .. })
+        ));
+        assert_eq!(last[2], 3.0);
+        let masked = gate
+            .apply(RowsMut::matrix(&mut row, 3), &[Position::Mask])
+            .unwrap();
+        assert_eq!((masked[0], row[2]), (NOT_ASKED, NEG));
+    }
+
+    #[test]
+    fn rules_differ_where_the_reference_says() {
+        let z = [1.5, 0.5, -0.25, 0.75, -1.0, 0.0];
+        let run = |thresholds: &[Option<f64>], rule| {
+            let gate =
+                Gate::new(&[vec![2], vec![5]], options(thresholds, rule, NoFire::Keep)).unwrap();
+            ask(&gate, &mut z.clone()).unwrap()
+        };
+        // Margins: category 0 −2.5134, category 1 −2.2399, mass −1.5776.
+        assert_eq!(
+            run(&[Some(-2.6), Some(-2.3)], Rule::Ratio),
+            0,
+            "exceeds its threshold by more"
+        );
+        assert_eq!(run(&[Some(-2.6), None], Rule::Ratio), 0);
+        assert_eq!(run(&[Some(-2.6), Some(-2.3)], Rule::ArgmaxThenThreshold), 1);
+        assert_eq!(
+            run(&[Some(-2.6), Some(-2.2)], Rule::ArgmaxThenThreshold),
+            NO_FIRE
+        );
+        assert_eq!(
+            run(&[Some(-2.6), None], Rule::ArgmaxThenThreshold),
+            NOT_SELECTED
+        );
+        assert_eq!(run(&[Some(-1.58); 2], Rule::Mass), 1);
+        assert_eq!(run(&[Some(-1.57); 2], Rule::Mass), NO_FIRE);
+        assert_eq!(
+            run(&[Some(NEG); 2], Rule::Ratio),
+            0,
+            "ties go by declared order"
+        );
+    }
+
+    #[test]
+    fn a_bias_counts_before_the_gate_and_stays() {
+        let z = [2.0, 1.0, -0.5, 0.25, -1.0];
+        // Vector A: with bias 2.117341691000767 the probability is 0.3.
+        for (bias, fires) in [(2.1173, false), (2.1174, true)] {
+            let mut o = options(&[Some((0.3f64 / 0.7).ln())], Rule::Ratio, NoFire::Keep);
+            o.bias = vec![bias];
+            let mut row = z;
+            let got = ask(&Gate::new(&[vec![2]], o).unwrap(), &mut row).unwrap();
+            assert_eq!(got >= 0, fires);
+            assert_eq!(row[2], -0.5 + bias);
+            assert_eq!(row[0], if fires { NEG } else { 2.0 });
+        }
+    }
+
+    #[test]
+    fn refuses_bad_gates_and_rows() {
+        let good = || options(&[Some(0.0); 2], Rule::Ratio, NoFire::Keep);
+        assert!(Gate::new(&[vec![1], vec![1]], good()).is_err());
+        assert!(Gate::new(&[vec![1]], good()).is_err());
+        assert!(
+            Gate::new(
+                &[vec![1], vec![2]],
+                GateOptions {
+                    bias: vec![f64::NAN, 0.0],
+                    ..good()
+                }
+            )
+            .is_err()
+        );
+        assert!(
+            Gate::new(
+                &[vec![1], vec![2]],
+                GateOptions {
+                    temperature: 0.0,
+                    ..good()
+                }
+            )
+            .is_err()
+        );
+        assert!(
+            Gate::new(
+                &[vec![1], vec![2]],
+                options(&[Some(f64::NAN); 2], Rule::Ratio, NoFire::Keep)
+            )
+            .is_err()
+        );
+        assert!(
+            Gate::new(
+                &[vec![1], vec![2]],
+                options(&[None; 2], Rule::Ratio, NoFire::Respond(2))
+            )
+            .is_err()
+        );
+        let gate = one(0, 0.0, NoFire::Keep);
+        for poison in [f64::NAN, INF] {
+            for at in 0..3 {
+                let mut z = [5.0, 1.0, 1.0, 5.0, 1.0, 1.0];
+                z[3 + at] = poison;
+                let got = gate.apply(RowsMut::matrix(&mut z, 3), &[Position::Gate; 2]);
+                assert!(matches!(got, Err(Error::NonFinite { index, .. }) if index == 3 + at));
+                assert_eq!(
+                    z[..3],
+                    [5.0, 1.0, 1.0],
+                    "the sound row is not written either"
+                );
+            }
+        }
+        assert!(ask(&gate, &mut [NEG; 3]).is_err());
+        assert!(ask(&one(3, 0.0, NoFire::Keep), &mut [0.0; 3]).is_err());
+        assert!(ask(&one(0, 0.0, NoFire::Respond(3)), &mut [0.0; 3]).is_err());
+    }
+
+    proptest! {
+        /// Bounds and early exit never change the verdict that complete margins give.
+        #[test]
+        fn verdicts_equal_those_of_complete_margins(
+            z in prop::collection::vec(prop_oneof![9 => -6f64..6.0, 1 => Just(NEG)], 2500..2600),
+            offsets in prop::collection::vec(-2f64..2.0, 3),
+            lift in 0f64..9.0,
+            temperature in 0.5f64..2.0,
+        ) {
+            let mut z = z;
+            let categories = [vec![7i64, 1030], vec![2049], vec![3]];
+            z[2049] = lift;
+            z[3] = -lift;
+            let groups = Groups::new("groups", &categories).unwrap();
+            let m = margins(&Rows::matrix(&z, z.len()), &groups, temperature).unwrap();
+            let thresholds: Vec<_> = m.iter().zip(&offsets).map(|(m, o)| Some(m - o)).collect();
+            let o = GateOptions { temperature, ..options(&thresholds, Rule::Ratio, NoFire::Keep) };
+            let got = ask(&Gate::new(&categories, o).unwrap(), &mut z).unwrap();
+            let finite = |k: usize| if m[k] == NEG { INF } else { offsets[k] };
+            let best = (0..3).fold(0, |b, k| if finite(k) > finite(b) { k } else { b });
+            prop_assume!(offsets.iter().all(|o| o.abs() > 1e-6));
+            prop_assert_eq!(got, if finite(best) >= 0.0 { best as i64 } else { NO_FIRE });
+        }
+    }
 }

@@ -425,3 +425,137 @@ pub fn max_gaps<T: Element>(logits: &Rows<'_, T>, groups: &Groups) -> Result<Vec
     })?;
     Ok(rows.concat())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::for_each_level;
+    use half::{bf16, f16};
+    use proptest::prelude::*;
+
+    const NEG: f64 = f64::NEG_INFINITY;
+
+    fn lse(z: &[f64]) -> Result<f64> {
+        row_lse(&Rows::matrix(z, z.len()), 1.0).map(|v| v[0])
+    }
+
+    fn close(got: f64, want: f64) {
+        assert!(
+            (got - want).abs() <= 4e-15 * want.abs().max(1.0),
+            "{got} {want}"
+        );
+    }
+
+    fn margin(z: &[f64], groups: &[Vec<i64>], temperature: f64) -> Vec<f64> {
+        let groups = Groups::new("groups", groups).unwrap();
+        margins(&Rows::matrix(z, z.len()), &groups, temperature).unwrap()
+    }
+
+    #[test]
+    fn reference_log_sum_exp() {
+        close(lse(&[NEG, 0.0, 1.0, NEG, 2.0]).unwrap(), 2.4076059644443806);
+        close(lse(&[1000.0, 1000.0, -1000.0]).unwrap(), 1000.6931471805599);
+        close(lse(&[0.1; 10]).unwrap(), 2.402585092994046);
+        assert!(matches!(lse(&[NEG; 4]), Err(Error::Degenerate { .. })));
+        assert!(matches!(
+            lse(&[0.0, f64::NAN]),
+            Err(Error::NonFinite { index: 1, .. })
+        ));
+        assert!(matches!(
+            lse(&[f64::INFINITY, 0.0]),
+            Err(Error::NonFinite { index: 0, .. })
+        ));
+    }
+
+    #[test]
+    fn reference_margins() {
+        let a = [2.0, 1.0, -0.5, 0.25, -1.0];
+        close(margin(&a, &[vec![2]], 1.0)[0], -2.9646395513879704);
+        close(margin(&a, &[vec![2]], 1.5)[0], -2.3396905378711756);
+        let b = [1.5, 0.5, -0.25, 0.75, -1.0, 0.0];
+        let got = margin(&b, &[vec![2, 5], vec![2], vec![5]], 1.0);
+        close(got[0], -1.5775990884003144);
+        close(1.0 / (1.0 + (-got[1]).exp()), 0.07492726534710589);
+        close(1.0 / (1.0 + (-got[2]).exp()), 0.09620851310859062);
+        let c = [2.0, 1.9, 1.8, 1.7, 1.75, 2.05];
+        close(margin(&c, &[vec![5]], 1.0)[0], -1.3953146790504234);
+        let groups = Groups::new("groups", &[vec![5]]).unwrap();
+        close(
+            max_gaps(&Rows::matrix(&c, 6), &groups).unwrap()[0],
+            0.04999999999999982,
+        );
+    }
+
+    #[test]
+    fn margins_at_the_ends() {
+        assert_eq!(margin(&[NEG, 3.0, NEG], &[vec![1]], 1.0), [f64::INFINITY]);
+        assert_eq!(margin(&[NEG, 3.0, 1.0], &[vec![0]], 1.0), [NEG]);
+        assert_eq!(margin(&[2.0, 3.0], &[vec![0, 1]], 1.0), [f64::INFINITY]);
+        // Nearly certain: subtracting exponentials would give 0 for the rest.
+        close(
+            margin(&[60.0, 0.0, 0.0], &[vec![0]], 1.0)[0],
+            60.0 - 2f64.ln(),
+        );
+    }
+
+    #[test]
+    fn groups_are_checked() {
+        for bad in [
+            vec![],
+            vec![vec![]],
+            vec![vec![1, 1]],
+            vec![vec![-1]],
+            vec![vec![1 << 40]],
+        ] {
+            assert!(Groups::new("groups", &bad).is_err(), "{bad:?}");
+        }
+        let wide = Groups::new("groups", &[vec![3]]).unwrap();
+        assert!(margins(&Rows::matrix(&[0.0; 3], 3), &wide, 1.0).is_err());
+        for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-320] {
+            assert!(row_lse(&Rows::matrix(&[0.0; 3], 3), temperature).is_err());
+        }
+    }
+
+    fn check<T: Element>(z: &[f32], ids: &[i64]) {
+        let z: Vec<T> = z
+            .iter()
+            .map(|v| T::store(T::Acc::from_f64(f64::from(*v))))
+            .collect();
+        let groups = Groups::new("groups", &[ids.to_vec()]).unwrap();
+        let rows = Rows::matrix(&z, z.len());
+        let sum = |keep: &dyn Fn(i64) -> bool| {
+            let kept = z.iter().enumerate().filter(|(i, _)| keep(*i as i64));
+            let kept: Vec<f64> = kept.map(|(_, v)| v.load().to_f64()).collect();
+            let max = kept.iter().copied().fold(NEG, f64::max);
+            max + kept.iter().map(|v| (v - max).exp()).sum::<f64>().ln()
+        };
+        let want = sum(&|i| ids.contains(&i)) - sum(&|i| !ids.contains(&i));
+        let mut seen = None;
+        for_each_level(|_| {
+            let got = margins(&rows, &groups, 1.0).unwrap()[0];
+            assert!(
+                (got - want).abs() < 1e-12 * want.abs().max(1.0),
+                "{got} {want}"
+            );
+            let bits = (got.to_bits(), row_lse(&rows, 0.7).unwrap()[0].to_bits());
+            assert_eq!(*seen.get_or_insert(bits), bits);
+        });
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn margins_equal_the_definition_on_every_level(
+            z in prop::collection::vec(-40f32..40.0, 6..3000),
+            at in prop::collection::vec(any::<prop::sample::Index>(), 1..4),
+        ) {
+            let mut ids: Vec<i64> = at.iter().map(|i| i.index(z.len()) as i64).collect();
+            ids.sort_unstable();
+            ids.dedup();
+            check::<f64>(&z, &ids);
+            check::<f32>(&z, &ids);
+            check::<f16>(&z, &ids);
+            check::<bf16>(&z, &ids);
+        }
+    }
+}
