@@ -1,7 +1,6 @@
 //! Bindings of the decoding kernels.
 
 use super::array::Array;
-use crate::element::Element;
 use crate::refuse::decoding::{
     Automaton, Contexts, Edits, Gate, GateOptions, Groups, LOGITS, NoFire, Penalty, Position, Rule,
     bias, force, margins, max_gaps, row_lse,

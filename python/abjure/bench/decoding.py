@@ -26,95 +26,125 @@ def phrases(count: int, vocab: int, seed: int = 0) -> list[list[int]]:
 def rows(scale: float = 1.0) -> Iterator[Row]:
     """Every comparison at ``scale`` times the stated vocabulary and number of phrases."""
     import torch
-    from transformers import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor
-
-    from ..refuse import ForbiddenPhrases, RefusalTokens, bias_, row_lse, row_max_gap
 
     vocab, count = max(1000, int(VOCAB * scale)), max(10, int(PHRASES * scale))
     forbidden = phrases(count, vocab)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab, (ROWS, CONTEXT), generator=generator)
-    # Every row is about to complete a phrase, so that the match is measured and not only its absence.
-    for row in range(ROWS):
-        start = forbidden[(row * 7 + 1) % count][:-1]
+    ids = torch.randint(0, vocab, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(0))
+    # Most rows are about to complete a phrase, so that the match is measured and not only its absence.
+    for i in range(ROWS):
+        start = forbidden[(i * 7 + 1) % count][:-1]
         if start:
-            ids[row, -len(start) :] = torch.tensor(start)
-    case = f"{ROWS} x {vocab}"
+            ids[i, -len(start) :] = torch.tensor(start)
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        scores = torch.randn(ROWS, vocab, generator=generator).to(dtype)
-        work = scores.clone()
-        size = scores.numel() * scores.element_size()
+        yield from _phrases(dtype, forbidden, ids, vocab)
+        yield from _gates(dtype, ids, vocab)
 
-        def row(
-            kernel: str,
-            ours: Callable[[], object],
-            baseline: str,
-            theirs: Callable[[], object],
-            moved: int = 0,
-            case: str = case,
-            name: str = name,
-            work: Any = work,
-            scores: Any = scores,
-        ) -> Row:
-            seconds = compare(ours, theirs, reset=lambda: work.copy_(scores), repeats=9)
-            return Row(kernel, f"{case}, {name}", seconds[0], baseline, seconds[1], moved)
 
-        ours = ForbiddenPhrases(forbidden, vocab, scope="all")
-        hard = NoBadWordsLogitsProcessor(forbidden)
-        soft = SequenceBiasLogitsProcessor([[p, -float(i % 7 + 1)] for i, p in enumerate(forbidden)])
-        listed = f"{case}, {len(forbidden)} phrases"
-        yield row(
-            "ForbiddenPhrases",
-            lambda ours=ours, work=work: ours(ids, work),
-            "NoBadWordsLogitsProcessor",
-            lambda hard=hard, work=work: hard(ids, work),
-            case=listed,
-        )
-        prefix = ForbiddenPhrases(forbidden, vocab, scope="all", mode="prefix", penalty=4.0)
-        yield row(
-            "ForbiddenPhrases, prefix",
-            lambda prefix=prefix, work=work: prefix(ids, work),
-            "SequenceBiasLogitsProcessor (no prefixes)",
-            lambda soft=soft, work=work: soft(ids, work),
-            case=listed,
-        )
-        # The refusal token is made probable enough that the bounds leave a third of the rows open.
-        gate = RefusalTokens({"refuse": 17}, threshold=-7.0, prompt_length=CONTEXT)
-        scores[: ROWS // 3, 17] = 8.0
+def _against(
+    kernel: str,
+    case: str,
+    scores: Any,
+    ours: Callable[[Any], object],
+    baseline: str,
+    theirs: Callable[[Any], object],
+    moved: int = 0,
+) -> Row:
+    """Both sides on fresh copies of ``scores``, which each may write."""
+    work = scores.clone()
+    seconds = compare(lambda: ours(work), lambda: theirs(work), reset=lambda: work.copy_(scores), repeats=9)
+    return Row(kernel, case, seconds[0], baseline, seconds[1], moved)
 
-        def gate_by_softmax(work: Any = work) -> None:
-            p = torch.softmax(work.float(), dim=-1)[:, 17]
-            fires = p >= 0.000911
-            work[fires, :] = -torch.inf
-            work[fires, 17] = 0.0
 
-        yield row(
-            "RefusalTokens, all gated",
-            lambda gate=gate, work=work: gate(ids, work),
-            "softmax, compare, force",
-            gate_by_softmax,
-            size,
-        )
-        yield row(
-            "row_max_gap",
-            lambda work=work: row_max_gap(work, [17]),
-            "amax of two slices",
-            lambda work=work: work[:, 17] - torch.maximum(work[:, :17].amax(1), work[:, 18:].amax(1)),
-            size,
-        )
-        yield row(
-            "row_lse (float64)",
-            lambda work=work: row_lse(work),
-            "logsumexp of the float64 copy",
-            lambda work=work: torch.logsumexp(work.double(), dim=1),
-            size,
-        )
-        tokens = torch.linspace(0, vocab - 1, 101).long()
-        values = torch.linspace(-1, 1, len(tokens))
-        yield row(
-            "bias_, 101 tokens",
-            lambda work=work, t=tokens, v=values: bias_(work, t, v),
-            "dense bias vector",
-            lambda work=work, t=tokens, v=values: work.add_(torch.zeros(vocab).index_add_(0, t, v)),
-        )
+def _scores(dtype: Any, vocab: int) -> Any:
+    import torch
+
+    return torch.randn(ROWS, vocab, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def _case(dtype: Any, vocab: int) -> str:
+    return f"{ROWS} x {vocab}, {str(dtype).removeprefix('torch.')}"
+
+
+def _phrases(dtype: Any, forbidden: list[list[int]], ids: Any, vocab: int) -> Iterator[Row]:
+    from transformers import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor
+
+    from ..refuse import ForbiddenPhrases
+
+    scores = _scores(dtype, vocab)
+    case = f"{_case(dtype, vocab)}, {len(forbidden)} phrases"
+    ours = ForbiddenPhrases(forbidden, vocab, scope="all")
+    hard = NoBadWordsLogitsProcessor(forbidden)
+    yield _against(
+        "ForbiddenPhrases",
+        case,
+        scores,
+        lambda z: ours(ids, z),
+        "NoBadWordsLogitsProcessor",
+        lambda z: hard(ids, z),
+    )
+    prefix = ForbiddenPhrases(forbidden, vocab, scope="all", mode="prefix", penalty=4.0)
+    soft = SequenceBiasLogitsProcessor([[p, -float(i % 7 + 1)] for i, p in enumerate(forbidden)])
+    yield _against(
+        "ForbiddenPhrases, prefix",
+        case,
+        scores,
+        lambda z: prefix(ids, z),
+        "SequenceBiasLogitsProcessor (no prefixes)",
+        lambda z: soft(ids, z),
+    )
+
+
+def _gates(dtype: Any, ids: Any, vocab: int) -> Iterator[Row]:
+    import torch
+
+    from ..refuse import RefusalTokens, bias_, bias_to_threshold, row_lse, row_max_gap
+
+    scores, case = _scores(dtype, vocab), _case(dtype, vocab)
+    # A third of the rows refuse, inside the bounds, so that they need their log-sum-exp.
+    scores[: ROWS // 3, 17] = 8.0
+    size, threshold = scores.numel() * scores.element_size(), -7.0
+    gate = RefusalTokens({"refuse": 17}, threshold=threshold, prompt_length=CONTEXT)
+
+    def gate_by_softmax(z: Any) -> None:
+        fires = torch.softmax(z.float(), dim=-1)[:, 17] >= bias_to_threshold(-threshold)
+        kept = z[fires, 17]
+        z[fires] = -torch.inf
+        z[fires, 17] = kept
+
+    yield _against(
+        "RefusalTokens, all gated",
+        case,
+        scores,
+        lambda z: gate(ids, z),
+        "softmax, compare, force",
+        gate_by_softmax,
+        size,
+    )
+    yield _against(
+        "row_max_gap",
+        case,
+        scores,
+        lambda z: row_max_gap(z, [17]),
+        "amax of two slices",
+        lambda z: z[:, 17] - torch.maximum(z[:, :17].amax(1), z[:, 18:].amax(1)),
+        size,
+    )
+    yield _against(
+        "row_lse (float64)",
+        case,
+        scores,
+        row_lse,
+        "logsumexp of the float64 copy",
+        lambda z: torch.logsumexp(z.double(), dim=1),
+        size,
+    )
+    tokens = torch.linspace(0, vocab - 1, 101).long()
+    values = torch.linspace(-1, 1, len(tokens))
+    yield _against(
+        "bias_, 101 tokens",
+        case,
+        scores,
+        lambda z: bias_(z, tokens, values),
+        "dense bias vector",
+        lambda z: z.add_(torch.zeros(vocab).index_add_(0, tokens, values)),
+    )

@@ -26,7 +26,8 @@ class Prompt:
 
     Without given lengths, the width of the first call is the prompt of all rows, padding included. A call continues the
     generation if it has as many rows, is one token wider and ends its prompt with the same tokens; any other call
-    begins a new one. That holds for `generate()` with greedy, sampled and beam search, where beams never leave their prompt.
+    begins a new one. That holds for `generate()` with greedy, sampled and beam search, where beams stay with their
+    prompt.
     """
 
     def __init__(self, given: int | Sequence[int] | None) -> None:

@@ -33,7 +33,8 @@ def _numbers(x: Any, arg: str, ndims: tuple[int, ...]) -> np.ndarray[Any, Any]:
 
 def _sigmoid(m: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     e = np.exp(-np.abs(m))
-    return np.where(m >= 0, 1.0, e) / (1.0 + e)
+    p: np.ndarray[Any, Any] = np.where(m >= 0, 1.0, e) / (1.0 + e)
+    return p
 
 
 def calibrate_bias(margins: Any, rate: float | Sequence[float]) -> Any:
@@ -194,7 +195,7 @@ def _exactly(e: int, n: int, alpha: Fraction, delta: Fraction) -> bool:
         return False
     a, b = alpha.numerator, alpha.denominator
     count = sum(math.comb(n, i) * a**i * (b - a) ** (n - i) for i in range(e + 1))
-    return count * delta.denominator <= delta.numerator * b**n
+    return bool(count * delta.denominator <= delta.numerator * b**n)
 
 
 def _required(alpha: Fraction, delta: Fraction | None) -> int:

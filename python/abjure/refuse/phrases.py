@@ -195,7 +195,7 @@ class ForbiddenPhrases:
     def _begin(self, input_ids: Any, context: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
         """First column of ``context`` to be matched, per row."""
         if self.scope == "output":
-            return np.maximum(self._prompt.lengths(input_ids) - start, 0)
+            return np.asarray(np.maximum(self._prompt.lengths(input_ids) - start, 0))
         begin = np.zeros(len(context), dtype=np.int64)
         if self.pad_token_id is None or context.shape[1] == 0:
             return begin

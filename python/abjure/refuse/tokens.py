@@ -282,7 +282,7 @@ class RefusalTokens:
         self.position = position
         self.elsewhere = elsewhere
         #: Verdict per row of the last call that asked: a category's index, or NO_FIRE, NOT_SELECTED, NOT_ASKED.
-        self.verdicts: np.ndarray[Any, Any] | None = None
+        self.verdicts: Any = None
         self._prompt = Prompt(prompt_length)
         groups = list(self.categories.values())
         self._gate = _native.RefusalGate(groups, self.bias, self.threshold, rule, on_no_fire, self.temperature)
@@ -319,8 +319,7 @@ class RefusalTokens:
 
     def fired(self) -> list[str | None]:
         """Name of the category forced in each row at the last gate, None where none was."""
-        verdicts = [] if self.verdicts is None else self.verdicts
-        return [self.names[v] if v >= 0 else None for v in verdicts]
+        return [self.names[v] if v >= 0 else None for v in (() if self.verdicts is None else self.verdicts)]
 
     def margins(self, scores: Any) -> Any:
         """Margin of every category in every row, ``(batch, categories)``, before any bias; writes nothing."""

@@ -28,12 +28,12 @@ const SERIES: [f64; 14] = [
 pub fn exp_nonpositive(x: f64) -> f64 {
     let clamped = if x > -708.0 { x } else { -708.0 };
     let shifted = clamped * std::f64::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = SERIES[0];
-    for c in &SERIES[1..] {
-        p = p * r + c;
-    }
+    let twos = shifted - ROUND;
+    let r = (clamped - twos * LN2_HIGH) - twos * LN2_LOW;
+    // Written out: as a loop it would keep the compiler from vectorising the caller's loop.
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = SERIES;
+    let p = ((((((a * r + b) * r + c) * r + d) * r + e) * r + f) * r + g) * r + h;
+    let p = (((((p * r + i) * r + j) * r + k) * r + l) * r + m) * r + n;
     let scale = f64::from_bits((shifted.to_bits() << 52).wrapping_add(1023 << 52));
     if x < -708.0 { 0.0 } else { p * scale }
 }

@@ -72,32 +72,48 @@ impl FromIterator<f64> for LogSum {
     }
 }
 
-/// Calls `visit` with the row's blocks, the `excluded` entries (ascending) replaced by −∞, until it returns false.
-#[inline(always)]
-fn blocks<T: Element>(row: &[T], excluded: &[u32], mut visit: impl FnMut(&[T]) -> bool) {
-    let absent = T::store(-T::Acc::INFINITY);
-    let mut scratch = [absent; BLOCK];
-    let mut excluded = excluded;
-    for (i, block) in row.chunks(BLOCK).enumerate() {
-        let start = i * BLOCK;
-        let here = excluded
-            .iter()
-            .take_while(|id| (**id as usize) < start + block.len())
-            .count();
-        let view = if here == 0 {
-            block
-        } else {
-            let copy = &mut scratch[..block.len()];
-            copy.copy_from_slice(block);
-            for id in &excluded[..here] {
-                copy[*id as usize - start] = absent;
-            }
-            excluded = &excluded[here..];
-            &*copy
-        };
-        if !visit(view) {
-            return;
+/// The blocks of a row, the `excluded` entries (ascending) replaced by −∞. Not an iterator over closures: those would be
+/// compiled for the baseline only and called from the dispatched kernel.
+struct Blocks<'a, T> {
+    row: &'a [T],
+    excluded: &'a [u32],
+    start: usize,
+    scratch: [T; BLOCK],
+}
+
+impl<'a, T: Element> Blocks<'a, T> {
+    #[inline(always)]
+    fn new(row: &'a [T], excluded: &'a [u32]) -> Self {
+        Self {
+            row,
+            excluded,
+            start: 0,
+            scratch: [T::default(); BLOCK],
         }
+    }
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<&[T]> {
+        let (start, end) = (self.start, (self.start + BLOCK).min(self.row.len()));
+        if start == end {
+            return None;
+        }
+        self.start = end;
+        let block = &self.row[start..end];
+        let mut here = 0;
+        while here < self.excluded.len() && (self.excluded[here] as usize) < end {
+            here += 1;
+        }
+        if here == 0 {
+            return Some(block);
+        }
+        let copy = &mut self.scratch[..block.len()];
+        copy.copy_from_slice(block);
+        for id in &self.excluded[..here] {
+            copy[*id as usize - start] = T::store(-T::Acc::INFINITY);
+        }
+        self.excluded = &self.excluded[here..];
+        Some(copy)
     }
 }
 
@@ -117,19 +133,23 @@ fn peak<T: Element>(block: &[T]) -> (T::Acc, bool) {
     (simd::max(block), nan.iter().fold(0, |a, b| a | b) != 0)
 }
 
-/// `Σ e^{(x − max) · inverse_temperature}`.
+/// `Σ e^{(x − max) · inverse_temperature}`. In two loops, since only one without accumulators is sure to vectorise.
 #[inline(always)]
 fn exp_sum<T: Element>(block: &[T], max: f64, inverse_temperature: f64) -> f64 {
+    let mut terms = [0.0; BLOCK];
+    let terms = &mut terms[..block.len()];
+    for (term, v) in terms.iter_mut().zip(block) {
+        *term = exp_nonpositive((v.load().to_f64() - max) * inverse_temperature);
+    }
     let mut acc = [0.0; LANES];
-    let term = |v: T| exp_nonpositive((v.load().to_f64() - max) * inverse_temperature);
-    let (chunks, rest) = block.as_chunks::<LANES>();
+    let (chunks, rest) = terms.as_chunks::<LANES>();
     for chunk in chunks {
-        for (a, v) in acc.iter_mut().zip(chunk) {
-            *a += term(*v);
+        for (a, term) in acc.iter_mut().zip(chunk) {
+            *a += term;
         }
     }
-    for (a, v) in acc.iter_mut().zip(rest) {
-        *a += term(*v);
+    for (a, term) in acc.iter_mut().zip(rest) {
+        *a += term;
     }
     let mut width = LANES / 2;
     while width > 0 {
@@ -153,12 +173,12 @@ impl<T: Element> Kernel for Peak<'_, T> {
     fn run(self) -> Option<f64> {
         let mut max = -T::Acc::INFINITY;
         let mut nan = false;
-        blocks(self.row, self.excluded, |block| {
+        let mut blocks = Blocks::new(self.row, self.excluded);
+        while let Some(block) = blocks.next() {
             let (m, n) = peak(block);
             max = m.greater(max);
             nan |= n;
-            true
-        });
+        }
         (!nan && max < T::Acc::INFINITY).then(|| max.to_f64())
     }
 }
@@ -183,21 +203,25 @@ impl<T: Element, F: FnMut(LogSum) -> bool> Kernel for SumExp<'_, T, F> {
             mut enough,
         } = self;
         let mut total = LogSum::EMPTY;
-        let mut sound = true;
-        blocks(row, excluded, |block| {
+        let mut blocks = Blocks::new(row, excluded);
+        while let Some(block) = blocks.next() {
             let (max, nan) = peak(block);
-            sound &= !nan && max < T::Acc::INFINITY;
-            if !sound || max == -T::Acc::INFINITY {
-                return sound;
+            if nan || max == T::Acc::INFINITY {
+                return None;
+            }
+            if max == -T::Acc::INFINITY {
+                continue;
             }
             let max = max.to_f64();
             total = total.plus(LogSum {
                 max: max * inverse_temperature,
                 sum: exp_sum(block, max, inverse_temperature),
             });
-            !enough(total)
-        });
-        sound.then_some(total)
+            if enough(total) {
+                break;
+            }
+        }
+        Some(total)
     }
 }
 
