@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 import abjure
 from abjure import refuse
-from abjure.errors import ArgumentError, DegenerateError, DTypeError, LayoutError, NonFiniteError, ShapeError
+from abjure.errors import (
+    ArgumentError,
+    DegenerateError,
+    DeviceError,
+    DTypeError,
+    LayoutError,
+    NonFiniteError,
+    ShapeError,
+)
 from abjure.integrations.torch import DEVICE_PATHS
 from abjure.refuse import RefusalTokens
 from abjure.refuse.tokens import NO_FIRE, NOT_ASKED, NOT_SELECTED
@@ -472,3 +480,34 @@ def test_the_code_of_the_guide_runs():
     blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 3
     exec(compile("\n".join(blocks), str(guide), "exec"), {})
+
+
+def test_every_position_and_before_the_first():
+    processor = RefusalTokens({"refuse": 1}, threshold=-math.inf, position="every", prompt_length=3)
+    for width, forced in ((2, False), (3, True), (4, True)):
+        z = np.zeros((1, 5))
+        processor(np.zeros((1, width), dtype=np.int64), z)
+        assert np.isneginf(z).any() == forced
+
+
+def test_another_device_takes_the_torch_forms(monkeypatch):
+    with pytest.raises(DeviceError, match="meta"):
+        refuse.bias_(torch.zeros(1, 3, device="meta"), [0], [1.0])
+    for module in ("tokens", "phrases"):
+        monkeypatch.setattr(f"abjure.refuse.{module}.device_path", lambda x, kernel: DEVICE_PATHS[kernel])
+    z, context = random_logits(4, 3, 40), torch.tensor([[1, 2], [2, 3], [3, 1]])
+    made = [
+        RefusalTokens({"a": 4, "b": [5, 6]}, threshold=-2.0, bias={"b": 1.5}, on_no_fire="free", prompt_length=2),
+        refuse.ForbiddenPhrases([[1, 2, 7], [3, 8], [9]], 40, scope="all", mode="prefix", penalty=2.0),
+        refuse.ForbiddenPhrases([[1, 2, 7], [3, 8], [9]], 40, scope="all", eos_token_id=0, dead_end="eos"),
+    ]
+    moved = [p(context, z.clone()) for p in made]
+    values = [refuse.row_lse(z), refuse.row_margin(z, [4]), refuse.row_max_gap(z, [4])]
+    written = [refuse.bias_(z.clone(), [1, 2], [0.5, -1.0]), refuse.force_(z.clone(), [1, -1, 2])]
+    monkeypatch.undo()
+    assert all(torch.equal(p(context, z.clone()), m) for p, m in zip(made, moved, strict=True))
+    here = [refuse.row_lse(z), refuse.row_margin(z, [4]), refuse.row_max_gap(z, [4])]
+    for a, b in zip(values, here, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.equal(written[0], refuse.bias_(z.clone(), [1, 2], [0.5, -1.0]))
+    assert torch.equal(written[1], refuse.force_(z.clone(), [1, -1, 2]))
