@@ -284,7 +284,7 @@ def oracle(z: np.ndarray, categories: list[list[int]], thresholds: list[float | 
     st.sampled_from(["keep", "free", 0]),
     st.sampled_from(DTYPES),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_gate_equals_the_definition_and_the_torch_form(seed, rule, on_no_fire, dtype):
     rng = np.random.default_rng(seed)
     vocab = int(rng.integers(12, 3000))

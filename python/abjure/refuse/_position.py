@@ -14,6 +14,16 @@ from ..errors import ArgumentError, ShapeError
 _REMEMBERED = 8
 
 
+def columns(input_ids: Any, start: int, stop: int | None = None) -> np.ndarray[Any, Any]:
+    """Columns of a context as C-contiguous int64; of what `generate()` passes nothing but these columns is touched."""
+    if getattr(input_ids, "is_cpu", False) and str(input_ids.dtype) == "torch.int64":
+        input_ids = input_ids.detach().numpy()
+    part = input_ids[:, start:stop]
+    if isinstance(part, np.ndarray) and part.dtype == np.int64:
+        return np.ascontiguousarray(part)
+    return token_ids(part, "input_ids")
+
+
 def token_ids(x: Any, arg: str) -> np.ndarray[Any, Any]:
     """Integer ids from a NumPy array or a tensor on any device; only a small part of the context is ever passed."""
     if hasattr(x, "detach") and getattr(x, "device", None) is not None and x.device.type != "cpu":
@@ -66,7 +76,7 @@ class Prompt:
 
     def _end_of_prompt(self, input_ids: Any) -> np.ndarray[Any, Any]:
         start = max(0, self._length - _REMEMBERED)
-        return token_ids(input_ids[:, start : self._length], "input_ids")
+        return columns(input_ids, start, self._length)
 
     def _continues(self, input_ids: Any) -> bool:
         rows, width = input_ids.shape

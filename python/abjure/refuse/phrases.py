@@ -11,7 +11,7 @@ import numpy as np
 from .. import _native
 from .._interop import device_path, integers, target
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ._position import Prompt, token_ids
+from ._position import Prompt, columns, token_ids
 from .tokens import expect_context
 
 
@@ -182,7 +182,7 @@ class ForbiddenPhrases:
         if self.vocab_size is not None and scores.shape[1] != self.vocab_size:
             raise ShapeError(f"scores: expected a vocabulary of {self.vocab_size}, got {scores.shape[1]}")
         start = max(0, input_ids.shape[1] - self._automaton.reach)
-        context = token_ids(input_ids[:, start:], "input_ids")
+        context = columns(input_ids, start)
         begin = self._begin(input_ids, context, start)
         path = device_path(scores, "forbid_")
         if path is not None:

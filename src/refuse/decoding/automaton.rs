@@ -6,7 +6,7 @@
 //! phrase; suffixes that write nothing are skipped by links. Phrases of one token are written in every state and kept
 //! as one sorted list.
 
-use super::edits::{check_entry, force_row, scattered, survives};
+use super::edits::{check_entry, check_removals, force_row, scattered, survives};
 use super::{LOGITS, no_token_left, token};
 use crate::element::{Element, Real};
 use crate::view::{Rows, RowsMut};
@@ -297,9 +297,7 @@ impl Automaton {
     ) -> Result<Plan> {
         let found = self.matches(context)?;
         let mut removes = !self.always.is_empty();
-        for id in &self.always {
-            check_entry(i, row, *id, f64::NEG_INFINITY)?;
-        }
+        check_removals(i, row, &self.always)?;
         for (id, value) in &found {
             check_entry(i, row, *id, *value)?;
             removes |= *value == f64::NEG_INFINITY;
