@@ -37,6 +37,7 @@ REQUIRED = {
     "rich": "rich",
     "transformers": "transformers",
     "gguf": "gguf",
+    "accelerate": "accelerate",  # transformers asks for it to read GGUF
 }
 
 #: How a part says what it is doing.
