@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..refuse import Contrast, Direction, RefusalTokens, ablating, row_margin, row_max_gap, single_token, steering
+from ..refuse import Contrast, Direction, RefusalTokens, ablating, row_margin, row_max_gap, steering
+from ..refuse.tokens import single_token
 from .instructions import HARMFUL, HARMLESS
 from .plot import GREY, ORANGE, RED, TEAL, axes, picture
 from .section import Section, Table
