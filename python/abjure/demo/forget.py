@@ -90,8 +90,8 @@ def trial(model: nn.Module, task: Task, seed: int, original_seconds: float) -> T
     classes = {"original": class_accuracies(model, task)}
     entropies = {"original": entropy(model, task)}
     start = time.perf_counter()
-    important = unlearn.importance(model, digits.batches(*task.rows(task.train, True)), digits.loss)
-    everything = unlearn.importance(model, digits.batches(task.x[task.train], task.y[task.train]), digits.loss)
+    important = measure_importance(model, *task.rows(task.train, True))
+    everything = measure_importance(model, task.x[task.train], task.y[task.train])
     alpha, curve = search(model, task, important, everything)
     report = unlearn.dampen_(model, forget=important, retain=everything, alpha=alpha)
     seconds = time.perf_counter() - start
@@ -108,13 +108,19 @@ def trial(model: nn.Module, task: Task, seed: int, original_seconds: float) -> T
     return Trial(before, after, retrained, alpha, sum(report.selected.values()), curve, classes, entropies)
 
 
-def search(model: nn.Module, task: Task, important: Any, everything: Any) -> tuple[float, dict[str, list[float]]]:
+def measure_importance(model: nn.Module, x: Tensor, y: Tensor) -> unlearn.Fisher:
+    """Squared gradients of each batch's mean loss, as published."""
+    return unlearn.importance(model, digits.batches(x, y), digits.loss, progress=False)
+
+
+def search(
+    model: nn.Module, task: Task, important: unlearn.Fisher, everything: unlearn.Fisher
+) -> tuple[float, dict[str, list[float]]]:
     """The gentlest alpha with the best held-out trade: accuracy on the rest less accuracy on the class.
 
     One importance pass serves all; an alpha that selects nothing need not be tried.
     """
-    parameters = dict(model.named_parameters())
-    counts = [int(n) for n in unlearn.selection_curve(parameters, important, everything, ALPHAS)]
+    counts = [int(n) for n in unlearn.selection_curve(important, everything, ALPHAS).counts]
     gone, kept = [], []
     for alpha, count in zip(ALPHAS, counts, strict=True):
         report = unlearn.dampen_(model, forget=important, retain=everything, alpha=alpha) if count else None

@@ -70,7 +70,7 @@ def ascend(data: Data, epsilon: float, seed: int) -> Any:
     """The protected images and the trace of the ascent."""
     return guard.maximize_bayes_error(
         data.x, data.y, epsilon=epsilon, norm="linf", steps=STEPS, against="clean", per="class", objective="soft",
-        bandwidth=BANDWIDTH, box=(0.0, 1.0), seed=seed,
+        bandwidth=BANDWIDTH, box=(0.0, 1.0), seed=seed, progress=False,
     )  # fmt: skip
 
 
@@ -118,15 +118,15 @@ def learn(images: Images, labels: npt.NDArray[np.int64], data: Data, seed: int) 
 
 def bayes_errors(data: Data, images: Images) -> dict[str, float]:
     """Two readings: of the images themselves (leave-one-out), and on clean queries of what they teach."""
-    own = guard.bayes_error(images, data.y, bandwidth="perplexity", objective="gini", leave_one_out=True)
-    taught = guard.bayes_error(
-        images, data.y, queries=data.x, query_labels=data.y, bandwidth=BANDWIDTH, objective="soft", leave_one_out=True
-    )
+    own = guard.bayes_error(images, data.y, bandwidth="perplexity", objective="gini")
+    # Without labels of their own, queries are the clean places of the rows of ``images``, each blind to its own row.
+    taught = guard.bayes_error(images, data.y, queries=data.x, bandwidth=BANDWIDTH, objective="soft")
     return {
         "published_gini": float(own.gini),
         "published_plugin": float(own.plugin),
-        "published_bandwidth": float(own.bandwidth),
+        "published_bandwidth": float(own.bandwidth[0]),
         "clean_queries_soft": float(taught.value),
+        "clean_queries_own_label": float(taught.own_label_error),
     }
 
 
@@ -140,8 +140,7 @@ def section(
     seconds: float,
 ) -> Section:
     """Tables, pictures and numbers."""
-    change = published - data.x
-    largest = float(np.abs(change).max())
+    largest = float(protected.certificate.largest_change)
     names = list(accuracy)
     learned = Table(
         "Clean test accuracy of fresh models, by what they were trained on",
@@ -163,10 +162,15 @@ def section(
                 f"{before['clean_queries_soft']:.3f}",
                 f"{after['clean_queries_soft']:.3f}",
             ),
+            (
+                "the same, share whose likeliest class is wrong",
+                f"{before['clean_queries_own_label']:.3f}",
+                f"{after['clean_queries_own_label']:.3f}",
+            ),
         ],
-        note="The last reading is the one that is raised, and the one that foretells the table above. Low values in the "
-        "first two mean that the published images look like easy data. Before the ascent the last reading is high already "
-        f"because its bandwidth, {BANDWIDTH:g}, is wide.",
+        note="The third reading is the one that is raised, and with the fourth foretells the table above. Low values in the "
+        "first two mean that the published images look like easy data. Before the ascent the third is high already "
+        f"because its bandwidth, {BANDWIDTH:g}, is wide: the likeliest class is right, but not by much.",
         accent=2,
     )
     mean = {name: {k: float(np.mean(v)) for k, v in row.items()} for name, row in accuracy.items()}
@@ -190,7 +194,7 @@ def section(
         "ascent_seconds": seconds,
         "accuracy": accuracy,
         "bayes_error": readings,
-        "trace": [float(v) for v in np.asarray(protected.trace, dtype=np.float64).ravel()],
+        "trace": [float(v) for v in protected.trace.steps],
     }
     pictures = [draw_images(data, published, variants), draw_learning(mean, numbers["trace"])]
     return Section("protect", TITLE, LEAD, findings, [learned, errors], pictures, numbers)
