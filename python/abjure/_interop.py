@@ -67,6 +67,8 @@ def _is_row_strided(x: Any) -> bool:
 
 def _overlaps_itself(x: Any) -> bool:
     shape, strides = _strides(x)
+    if 0 in shape:
+        return False
     need = 1
     for stride, n in sorted((abs(s), n) for n, s in zip(shape, strides, strict=True) if n > 1):
         if stride < need:

@@ -21,25 +21,23 @@ fn tree<R: Real>(mut acc: [R; LANES]) -> R {
     acc[0]
 }
 
+/// Adds `term(i, x_i)` over blocks of `x`: lanes in the arithmetic type `R`, blocks in f64.
 #[inline(always)]
-fn sum_by<R: Real>(len: usize, term: impl Fn(usize) -> R) -> f64 {
+fn sum_by<T: Copy, U: Copy, R: Real>(x: &[T], q: &[U], term: impl Fn(T, U) -> R) -> f64 {
     let mut total = 0.0;
-    let mut start = 0;
-    while start < len {
-        let end = (start + BLOCK).min(len);
+    for (x, q) in x.chunks(BLOCK).zip(q.chunks(BLOCK)) {
         let mut acc = [R::ZERO; LANES];
-        let mut i = start;
-        while i + LANES <= end {
-            for (lane, a) in acc.iter_mut().enumerate() {
-                *a += term(i + lane);
+        let (xs, x_rest) = x.as_chunks::<LANES>();
+        let (qs, q_rest) = q.as_chunks::<LANES>();
+        for (x, q) in xs.iter().zip(qs) {
+            for i in 0..LANES {
+                acc[i] += term(x[i], q[i]);
             }
-            i += LANES;
         }
-        for (lane, a) in acc.iter_mut().enumerate().take(end - i) {
-            *a += term(i + lane);
+        for ((a, x), q) in acc.iter_mut().zip(x_rest).zip(q_rest) {
+            *a += term(*x, *q);
         }
         total += tree(acc).to_f64();
-        start = end;
     }
     total
 }
@@ -48,22 +46,26 @@ fn sum_by<R: Real>(len: usize, term: impl Fn(usize) -> R) -> f64 {
 /// `24 u Σ|x_i q_i|`, u the unit roundoff of the arithmetic type.
 #[inline(always)]
 pub fn dot<T: Element>(x: &[T], q: &[T::Acc]) -> f64 {
-    let n = x.len().min(q.len());
-    let (x, q) = (&x[..n], &q[..n]);
-    sum_by(n, |i| x[i].load() * q[i])
+    sum_by(x, q, |x, q| x.load() * q)
+}
+
+/// `Σ term(x_i)`, at most 22 additions deep in the type of the terms, then f64.
+#[inline(always)]
+pub fn sum_map<T: Copy, R: Real>(x: &[T], term: impl Fn(T) -> R) -> f64 {
+    sum_by(x, x, |x, _| term(x))
 }
 
 /// `Σ x_i` with every addition in f64.
 #[inline(always)]
 pub fn sum_f64<T: Element>(x: &[T]) -> f64 {
-    sum_by(x.len(), |i| x[i].load().to_f64())
+    sum_map(x, |x| x.load().to_f64())
 }
 
 /// `Σ x_i²` with every product and addition in f64.
 #[inline(always)]
 pub fn sum_squares_f64<T: Element>(x: &[T]) -> f64 {
-    sum_by(x.len(), |i| {
-        let v = x[i].load().to_f64();
+    sum_map(x, |x| {
+        let v = x.load().to_f64();
         v * v
     })
 }
