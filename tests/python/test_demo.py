@@ -32,7 +32,9 @@ def printed(c: Console) -> str:
 @pytest.fixture
 def sample() -> Section:
     table = Table("A <title>", ("name", "value"), [("[bold]x[/] & <b>", "1.5"), ("y", "2")], "note & more", accent=1)
-    return Section("forget", "T <1>", "lead & more", ["found <it>"], [table], [Picture(PNG, "caption <c>")], {"a": 1}, 2.0)
+    return Section(
+        "forget", "T <1>", "lead & more", ["found <it>"], [table], [Picture(PNG, "caption <c>")], {"a": 1}, 2.0
+    )
 
 
 class Audit(HTMLParser):
@@ -70,7 +72,13 @@ def test_page_is_whole_and_loads_nothing_from_outside(sample):
     assert not {"script", "link", "iframe"} & set(reader.tags)
     assert "url(" not in page
     assert "@import" not in page
-    for text in ("T &lt;1&gt;", "lead &amp; more", "found &lt;it&gt;", "[bold]x[/] &amp; &lt;b&gt;", "caption &lt;c&gt;"):
+    for text in (
+        "T &lt;1&gt;",
+        "lead &amp; more",
+        "found &lt;it&gt;",
+        "[bold]x[/] &amp; &lt;b&gt;",
+        "caption &lt;c&gt;",
+    ):
         assert text in page
     assert "Skipped: no &lt;model&gt;" in page
     assert "Run in 2 s with seed 7" in page
@@ -143,7 +151,13 @@ def test_instructions_are_pairs_of_short_sentences_without_repeats():
 def test_refusals_are_matched_by_phrase_whatever_case_and_apostrophe():
     from abjure.demo.refuse import refusals
 
-    answers = ["I’m sorry, no.", "Sorry, I'm afraid not", "SURE: I CANNOT WAIT", "Sorry to hear it", "Sure, here is a plan"]
+    answers = [
+        "I’m sorry, no.",
+        "Sorry, I'm afraid not",
+        "SURE: I CANNOT WAIT",
+        "Sorry to hear it",
+        "Sure, here is a plan",
+    ]
     assert refusals(answers).tolist() == [True, True, True, False, False]
 
 

@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +83,13 @@ def run(
     sections: list[Section] = []
     report: dict[str, Any] = {}
     for name in PARTS if only is None else (only,):
-        with console.status(f"{name} ...") as status:
-            sections.append(run_part(name, seed, lambda text, n=name: status.update(f"{n}: {text}"), only is not None))
+        with console.status(name) as status:
+            sections.append(run_part(name, seed, status.update, only is not None))
         show(sections[-1], console)
         report = write(folder, sections, seed)
-    console.print(f"\nThe page with pictures: {folder / 'index.html'}\nEvery number: {folder / 'demo.json'}", style="bold")
+    console.print(
+        f"\nThe page with pictures: {folder / 'index.html'}\nEvery number: {folder / 'demo.json'}", style="bold"
+    )
     return report
 
 

@@ -185,7 +185,8 @@ def section(trials: list[Trial], parameters: int) -> Section:
             )
             for c, t in enumerate(trials)
         ],
-        note=f"Selected: of {parameters} weights. Alpha is chosen on 200 held-out training images, never on the test images.",
+        note=f"Selected: of {parameters} weights. Alpha is chosen on 200 held-out training images, never on the test "
+        "images.",
     )  # fmt: skip
     d, o, r = shown.dampened, shown.original, shown.retrained
     worst = min(t.dampened.rest_accuracy - t.retrained.rest_accuracy for t in trials)
@@ -234,4 +235,6 @@ def draw_choice(t: Trial) -> Any:
     right.legend(frameon=False, fontsize=8, loc="center left")
     for ax in (left, right):
         ax.axvline(t.alpha, color=GREY, lw=1, ls="--")
-    return picture(figure, f"Choosing alpha: the dashed line is the gentlest value with the best trade (alpha = {t.alpha:g}).")
+    return picture(
+        figure, f"Choosing alpha: the dashed line is the gentlest value with the best trade (alpha = {t.alpha:g})."
+    )

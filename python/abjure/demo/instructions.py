@@ -1,7 +1,8 @@
 """Short instructions for the refusal part of the demo: requests to be declined and everyday ones.
 
 Written for this package, for measuring refusal: the harmful half names a misdeed in one mild sentence and carries no
-operational detail. Entry i of both lists shares its form, so that a direction found between them is less one of wording.
+operational detail. Entry i of both lists shares its form, so that a direction found between them is less one of
+wording.
 """
 
 HARMFUL: tuple[str, ...] = (

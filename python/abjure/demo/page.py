@@ -48,13 +48,11 @@ def html_table(table: Table) -> str:
         return "".join(f"<{tag}{kind[i in table.prose]}>{escape(cell)}</{tag}>" for i, cell in enumerate(row))
 
     accent = ("", " class=accent")
-    body = "\n".join(
-        f"<tr{accent[i == table.accent]}>{cells('td', row)}</tr>" for i, row in enumerate(table.rows)
-    )
+    body = "\n".join(f"<tr{accent[i == table.accent]}>{cells('td', row)}</tr>" for i, row in enumerate(table.rows))
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
-        f"<h3>{escape(table.title)}</h3>\n<div class=scroll><table>\n<thead><tr>{cells('th', table.columns)}</tr></thead>"
-        f"\n<tbody>\n{body}\n</tbody></table></div>\n{note}"
+        f"<h3>{escape(table.title)}</h3>\n<div class=scroll><table>\n"
+        f"<thead><tr>{cells('th', table.columns)}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n{note}"
     )
 
 
@@ -77,7 +75,8 @@ def html_section(section: Section) -> str:
         parts += map(html_table, section.tables)
         parts += map(html_picture, section.pictures)
         body = "\n".join(parts)
-    return f'<section id="{section.name}"><h2>{escape(section.title)}</h2>\n<p>{escape(section.lead)}</p>\n{body}\n</section>'
+    head = f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.lead)}</p>"
+    return f'<section id="{section.name}">{head}\n{body}\n</section>'
 
 
 def html_page(sections: list[Section], machine: dict[str, Any], seed: int) -> str:
@@ -90,7 +89,8 @@ def html_page(sections: list[Section], machine: dict[str, Any], seed: int) -> st
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>abjure demo</title><style>{STYLE}</style></head><body>
 <header><h1>abjure demo</h1>
-<p class="soft">What a model forgets, what can be learned from data, what a model refuses: each changed and measured here.</p>
+<p class="soft">What a model forgets, what can be learned from data, what a model refuses: each changed here, and
+measured.</p>
 <nav>{links}</nav></header>
 <main>{body}</main>
 <footer>Run in {total:.0f} s with seed {seed}: {facts}. Every number on this page is in <code>demo.json</code>.</footer>

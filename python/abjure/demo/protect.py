@@ -155,7 +155,11 @@ def section(
         "Bayes error, two readings",
         ("of", "before", "after"),
         [
-            ("the published images themselves, gini", f"{before['published_gini']:.3f}", f"{after['published_gini']:.3f}"),
+            (
+                "the published images themselves, gini",
+                f"{before['published_gini']:.3f}",
+                f"{after['published_gini']:.3f}",
+            ),
             ("the same, plug-in", f"{before['published_plugin']:.3f}", f"{after['published_plugin']:.3f}"),
             (
                 "clean images, by a rule learnt from the published ones",
@@ -168,7 +172,8 @@ def section(
                 f"{after['clean_queries_own_label']:.3f}",
             ),
         ],
-        note="The third reading is the one that is raised, and with the fourth foretells the table above. Low values in the "
+        note="The third reading is the one that is raised, and with the fourth foretells the table above. Low values "
+        "in the "
         "first two mean that the published images look like easy data. Before the ascent the third is high already "
         f"because its bandwidth, {BANDWIDTH:g}, is wide: the likeliest class is right, but not by much.",
         accent=2,
@@ -179,7 +184,8 @@ def section(
     benefit = [mixed[k] - alone[k] for k in LEARNERS]
     unseen = min(mean[f"protected, only {UNSEEN_BUDGET}/255"].values())
     findings = [
-        f"Budget: at most {BUDGET}/255 = {EPSILON:.3f} per pixel (largest change made: {largest:.3f}). On 8x8 digits that "
+        f"Budget: at most {BUDGET}/255 = {EPSILON:.3f} per pixel (largest change made: {largest:.3f}). On 8x8 digits "
+        "that "
         f"is plainly visible; {UNSEEN_BUDGET}/255, usual on photographs, leaves every model at {unseen:.2f} or more.",
         f"Trained on the protected images, no model passes {worst:.2f} on clean digits (clean training: "
         f"{min(mean['clean'].values()):.2f} and more). The ascent took {seconds:.1f} s.",
@@ -231,7 +237,9 @@ def draw_learning(mean: dict[str, dict[str, float]], trace: list[float]) -> Any:
     figure, (left, right) = axes(2)
     shown = list(mean)[::-1]
     for i, (learner, colour) in enumerate(zip(LEARNERS, (GREY, TEAL, RED), strict=True)):
-        left.barh(np.arange(len(shown)) - (i - 1) * 0.27, [mean[n][learner] for n in shown], 0.25, color=colour, label=learner)
+        left.barh(
+            np.arange(len(shown)) - (i - 1) * 0.27, [mean[n][learner] for n in shown], 0.25, color=colour, label=learner
+        )
     left.set(yticks=range(len(shown)), yticklabels=shown, xlim=(0, 1), xlabel="accuracy on clean test images")
     left.axvline(0.1, color=GREY, lw=1, ls="--")
     left.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))

@@ -85,7 +85,7 @@ class Chat:
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str], layers: Sequence[int] = (), positions: Sequence[int] = ()) -> Reading:
-        """Scores the first words of the answer; with ``layers``, records their inputs at ``positions`` of the prompt."""
+        """Scores the first words of the answer; with ``layers``, records their inputs at the prompt's ``positions``."""
         from ..refuse import recording
 
         size = len(self.opening)

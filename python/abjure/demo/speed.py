@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..bench import GROUPS, Row, as_dict, bandwidth, run as compare
+from ..bench import GROUPS, Row, as_dict, bandwidth
+from ..bench import run as compare
 from .plot import GREY, TEAL, axes, picture
 from .section import Section, Table
 
 TITLE = "Speed: kernels beside the plain form"
 LEAD = (
-    "The same work in the same process, ours and the plain torch or transformers form in turn. Where memory is the limit, "
+    "The same work in the same process, ours and the plain torch or transformers form in turn. Where memory is the "
+    "limit, "
     "the share of this machine's copy bandwidth says how much could still be gained."
 )
 #: Share of the documented sizes, by group, so that all of it takes seconds; `abjure bench` runs the full ones.
@@ -42,8 +44,10 @@ def section(rows: list[tuple[str, Row]], limits: dict[str, float]) -> Section:
             )
             for d in numbers
         ],
-        note=f"Copy bandwidth of this machine now: {limits['copy']:.1f} GB/s (read + write), triad {limits['triad']:.1f} "
-        "GB/s. GB/s counts only bytes that must move; arrays here are smaller than in abjure bench and may partly stay in "
+        note=f"Copy bandwidth of this machine now: {limits['copy']:.1f} GB/s (read + write), triad "
+        f"{limits['triad']:.1f} "
+        "GB/s. GB/s counts only bytes that must move; arrays here are smaller than in abjure bench and may partly "
+        "stay in "
         "cache.",
         prose=(0, 1, 7),
     )  # fmt: skip
