@@ -62,7 +62,9 @@ def train(x: Tensor, y: Tensor, seed: int, epochs: int = 15) -> nn.Module:
         model = cnn()
         optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
         for _ in range(epochs):
-            for rows in torch.randperm(len(x)).split(BATCH):
+            order = torch.randperm(len(x))
+            for start in range(0, len(x), BATCH):
+                rows = order[start : start + BATCH]
                 optimiser.zero_grad()
                 F.cross_entropy(model(x[rows]), y[rows], label_smoothing=0.1).backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
@@ -71,7 +73,7 @@ def train(x: Tensor, y: Tensor, seed: int, epochs: int = 15) -> nn.Module:
 
 def batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The rows in order, in batches."""
-    return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    return [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, len(x), BATCH)]
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

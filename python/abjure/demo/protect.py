@@ -192,7 +192,7 @@ def section(
         f"Mixing is the limit: beside a clean half, the protected half changes what that half alone teaches by only "
         f"{min(benefit):+.3f} to {max(benefit):+.3f}.",
     ]
-    numbers = {
+    numbers: dict[str, Any] = {
         "epsilon": EPSILON,
         "largest_change": largest,
         "bandwidth": BANDWIDTH,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 from collections.abc import Sequence
@@ -50,21 +51,21 @@ class Chat:
     """The model in f32 with its chat template; prompts are padded on the left."""
 
     def __init__(self, path: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
+        library: Any = importlib.import_module("transformers")
+        logging = library.utils.logging
         noise, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
             where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
             with redirect_stderr(io.StringIO()):  # the conversion from GGUF has a bar of its own
-                self.tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, padding_side="left", **where)
-                self.model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where).eval()
+                self.tokenizer: Any = library.AutoTokenizer.from_pretrained(path.parent, padding_side="left", **where)
+                model = library.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
         finally:
             logging.set_verbosity(noise)
             if bar:
                 logging.enable_progress_bar()
+        self.model: Any = model.eval()
         self.layers = int(self.model.config.num_hidden_layers)
         self.opening = self.tokenizer.encode(OPENING, add_special_tokens=False)
 
