@@ -228,3 +228,32 @@ def test_fresh_models_do_not_learn_from_protected_digits(monkeypatch):
     assert error["after"]["clean_queries_soft"] > error["before"]["clean_queries_soft"] + 0.2
     assert error["after"]["clean_queries_own_label"] > 0.5 > error["before"]["clean_queries_own_label"]
     assert len(numbers["trace"]) == numbers["steps"]
+
+
+@pytest.mark.effect
+def test_a_real_model_separates_prompts_and_is_steered(monkeypatch):
+    """The directions of the demo on the real model, at one block, with what steering and ablation do to its odds."""
+    from abjure.demo import refuse, smollm
+
+    monkeypatch.setattr(refuse, "CANDIDATES", (16,))
+    chat = smollm.Chat(smollm.model_file())
+    assert chat.instruction_end(HARMFUL[0]) == chat.instruction_end(HARMLESS[0]) == -7
+    train = refuse.Prompts(list(HARMFUL[:24]), list(HARMLESS[:24]))
+    held = refuse.Prompts(list(HARMFUL[48:]), list(HARMLESS[48:]))
+    seen, new = (chat.read(p.all, [16], [-7, -1]) for p in (train, held))
+    found = refuse.separate(seen.stream[:, 1], new.stream[:, 1], train.labels, held.labels, [16], -1)
+    assert found.held_auc[0] > 0.85
+    direction, scale, induced = refuse.refusal_direction(
+        chat, seen.opening, seen.stream[:, 1], [16], train.harmless[:8]
+    )
+    assert induced["16"] > induced["none"] + 1
+    assert direction.layer == 16
+    plain = chat.read(held.harmless)
+    with refuse.steering(chat.model, direction, scale=scale):
+        steered = chat.read(held.harmless)
+    with refuse.ablating(chat.model, direction):
+        ablated = chat.read(held.harmless)
+    again = chat.read(held.harmless)
+    assert float((steered.opening - plain.opening).mean()) > 1
+    assert float((ablated.opening - plain.opening).mean()) < 0
+    torch.testing.assert_close(again.opening, plain.opening, rtol=1e-5, atol=1e-5)

@@ -219,7 +219,7 @@ def draw_effect(t: Trial) -> Any:
     right.legend(frameon=False, fontsize=8)
     return picture(
         figure,
-        f"Left: only digit {CLASS} is lost. Right: the dampened network is as unsure of it as one that never saw it.",
+        f"Left: only digit {CLASS} is lost. Right: the dampened network is at least as unsure of it as one that never saw it.",
     )
 
 
@@ -227,7 +227,8 @@ def draw_choice(t: Trial) -> Any:
     """The curve of selected counts and the held-out accuracies that chose alpha."""
     figure, (left, right) = axes(2)
     alpha = t.curve["alpha"]
-    left.loglog(alpha, np.maximum(t.curve["selected"], 0.8), color=TEAL, marker="o", ms=3)
+    chosen = np.array(t.curve["selected"])
+    left.loglog(np.array(alpha)[chosen > 0], chosen[chosen > 0], color=TEAL, marker="o", ms=3)
     left.set(xlabel="alpha", ylabel="weights selected", title="one pass over the importances")
     right.semilogx(alpha, t.curve["held_rest"], color=TEAL, marker="o", ms=3, label="held-out rest")
     right.semilogx(alpha, t.curve["held_forget"], color=RED, marker="o", ms=3, label=f"held-out digit {CLASS}")
