@@ -255,5 +255,6 @@ def test_a_real_model_separates_prompts_and_is_steered(monkeypatch):
         ablated = chat.read(held.harmless)
     again = chat.read(held.harmless)
     assert float((steered.opening - plain.opening).mean()) > 1
-    assert float((ablated.opening - plain.opening).mean()) < 0
+    near = plain.opening.argsort()[-4:]  # ablation takes refusal from the prompts that have it
+    assert float((ablated.opening - plain.opening)[near].mean()) < -0.5
     torch.testing.assert_close(again.opening, plain.opening, rtol=1e-5, atol=1e-5)

@@ -219,7 +219,8 @@ def draw_effect(t: Trial) -> Any:
     right.legend(frameon=False, fontsize=8)
     return picture(
         figure,
-        f"Left: only digit {CLASS} is lost. Right: the dampened network is at least as unsure of it as one that never saw it.",
+        f"Left: only digit {CLASS} is lost. Right: the dampened network is at least as unsure of it as one that "
+        "never saw it.",
     )
 
 

@@ -372,7 +372,8 @@ def section(
         f"At the last prompt token of block {separations[-1].layers[separations[-1].chosen]}, harmful and harmless "
         "prompts "
         f"never seen before are told apart with AUC {separations[-1].held_auc[separations[-1].chosen]:.3f}.",
-        f"Yet this small model complies with most of them ({int(before[labels == 1].sum())} of {count} refused). A step "
+        f"Yet this small model complies with most of them ({int(before[labels == 1].sum())} of {count} refused). A "
+        "step "
         f'along that direction at block {direction.layer} takes log P("{OPENING}") from {unedited.opening:.1f} to '
         f"{conditions[2].opening:.1f}; a step of the same length along the direction of refusal itself (cosine "
         f"{cosine:+.2f} with the other) takes it to {steered.opening:.1f}.",
