@@ -9,7 +9,9 @@
 
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
+mod exp;
 mod reduce;
+pub use exp::{Exp, exp};
 pub use reduce::{LANES, dot, max, sum_f64, sum_squares_f64};
 
 /// Instruction set a kernel is compiled for.
