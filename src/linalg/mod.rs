@@ -1,1 +1,3 @@
 //! Linear algebra the wings share: orthonormal bases and matrix products.
+
+pub mod gemm;
