@@ -16,7 +16,7 @@ use std::ops::Range;
 const STRIP_ELEMENTS: usize = 1 << 24;
 const STRIP_ROWS: Range<usize> = 64..4096;
 /// Rows of a strip that one task turns into weights, and centres per distance tile and per task of the second product.
-const TASK_ROWS: usize = 128;
+const TASK_ROWS: usize = 256;
 const TILE: usize = 256;
 
 /// No centre is this query's own.
@@ -314,13 +314,17 @@ impl<R: Scalar> Engine<'_, R> {
                 dispatch(AddColumns(&row[start..start + sums.len()], sums));
             }
             if let Some(gradient) = gradient {
-                let product = Out {
-                    data: gradient,
-                    stride: d,
-                    add: true,
-                };
-                let weights = Mat::strided(&weights[start..], rows, sums.len(), nz);
-                gemm::at_b(product, weights, Mat::dense(queries.rows, rows, d));
+                for part in par::ranges(rows, TASK_ROWS) {
+                    let product = Out {
+                        data: &mut *gradient,
+                        stride: d,
+                        add: true,
+                    };
+                    let tile = &weights[part.start * nz + start..];
+                    let tile = Mat::strided(tile, part.len(), sums.len(), nz);
+                    let places = &queries.rows[part.start * d..part.end * d];
+                    gemm::at_b(product, tile, Mat::dense(places, part.len(), d));
+                }
             }
             Ok(())
         })?;

@@ -205,7 +205,9 @@ impl<'a> Posterior<'a> {
             let scale = total.counted * 2.0 * k * share / rows;
             for c in 0..spec.classes {
                 let q = scratch.q[c];
-                factors[b * spec.classes + c] = if q == 0.0 { 0.0 } else { scale * q / sums[c] };
+                let factor = if q == 0.0 { 0.0 } else { scale * q / sums[c] };
+                let vanishes = factor.abs() < R::FACTOR_FLOOR;
+                factors[b * spec.classes + c] = if vanishes { 0.0 } else { factor };
             }
         }
         total

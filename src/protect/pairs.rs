@@ -9,9 +9,9 @@ use super::Tick;
 use super::cross::{Less, Outcome};
 use super::objective::{LeaveOneOut, Posterior, Query, RowReading, Scratch, Spec, inverse_width};
 use super::points::Points;
-use super::tile::{Scalar, exponentials, least, squared_distances, transpose};
+use super::tile::{Scalar, exponentials, least, squared_distances, transpose, weight};
 use crate::linalg::gemm::{self, Mat, Out};
-use crate::simd::{Kernel, dispatch, exp, sum_f64};
+use crate::simd::{Kernel, dispatch, sum_f64};
 use crate::{Result, par};
 use std::ops::Range;
 
@@ -434,8 +434,8 @@ impl<R: Scalar> Kernel for Pull<'_, R> {
         let (shift, factor) = self.own;
         let theirs = self.shifts.iter().zip(self.factors);
         for ((o, d), (s, f)) in self.out.iter_mut().zip(self.squared).zip(theirs) {
-            let own = factor * exp((shift - *d) * self.width);
-            *o += own + *f * exp((*s - *d) * self.width);
+            let own = factor * weight(*d, shift, self.width);
+            *o += own + *f * weight(*d, *s, self.width);
         }
     }
 }

@@ -109,17 +109,19 @@ impl Limits {
         out: &mut [T],
     ) {
         let mut shrink = 1.0;
+        // Whoever adds the squares up, in whatever order, is to find them within the budget.
+        let most = self.epsilon * (1.0 - (x.len() + 4) as f64 * f64::EPSILON);
         loop {
             for ((o, x), d) in out.iter_mut().zip(x).zip(delta) {
                 *o = self.store(*x, d.to_f64() * shrink, levels);
             }
             let change = |(o, x): (&T, &T)| (o.load().to_f64() - x.load().to_f64()).powi(2);
             let length = out.iter().zip(x).map(change).sum::<f64>().sqrt();
-            if self.norm == Norm::Linf || length <= self.epsilon {
+            if self.norm == Norm::Linf || length <= most {
                 return;
             }
             // Rounding lengthened it; what is left to take away is at least a part in 2^20.
-            shrink *= (self.epsilon / length).min(1.0 - 2f64.powi(-20));
+            shrink *= (most / length).min(1.0 - 2f64.powi(-20));
         }
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import _interop, _native
-from ..errors import ArgumentError, NonFiniteError
+from ..errors import ArgumentError, DegenerateError, NonFiniteError
 from .bayes import (
     ESTIMATION_PERPLEXITY,
     Array,
@@ -337,8 +338,8 @@ def maximize_bayes_error(
         raise ArgumentError(f"jitter: expected a number from 0 to 1, got {jitter!r}")
     if not 0 <= seed < 2**64:
         raise ArgumentError(f"seed: expected a whole number from 0 to 2^64 - 1, got {seed!r}")
-    if certificate_rows < 2:
-        raise ArgumentError(f"certificate_rows: expected at least 2, got {certificate_rows!r}")
+    if certificate_rows < 64:
+        raise ArgumentError(f"certificate_rows: expected at least 64, got {certificate_rows!r}")
     for value, arg, known in (
         (norm, "norm", ("linf", "l2")),
         (against, "against", ("clean", "published")),
@@ -389,6 +390,12 @@ def maximize_bayes_error(
         taken, checks, best = _native.ascend(
             data.matrix, data.codes, len(data.classes), out, chosen, plan, progress=report
         )
+    if best == 0:
+        warnings.warn(
+            "maximize_bayes_error: no step raised the objective, so x is returned (almost) as it was; "
+            "a wider bandwidth gives a stronger gradient",
+            stacklevel=2,
+        )
     published = out.reshape(data.shape)
     certificate = _certify(data, out, bandwidths, norm, epsilon, certificate_rows, seed)
     trace = Trace(np.asarray(taken), np.asarray(checks, dtype=np.float64).reshape(-1, 2), best)
@@ -424,14 +431,21 @@ def _certify(
     def reading(points: Any, rule: Any, queries: Any = None) -> BayesError:
         return bayes_error(points, codes, queries=queries, bandwidth=rule, singleton="exclude")
 
-    before = reading(clean, k)
+    def calibrated(points: Any) -> BayesError:
+        try:
+            return reading(points, k if len(codes) >= 8 else list(bandwidths))
+        except DegenerateError:
+            # Points that coincide calibrate nothing; the ascent's own bandwidth remains.
+            return reading(points, list(bandwidths))
+
+    before = calibrated(clean)
     return Certificate(
         norm=norm,
         epsilon=epsilon,
         largest_change=_largest_change(data.matrix, published, norm),
         published_before=before,
         published_after=reading(after, before.bandwidth),
-        published_refitted=reading(after, k),
+        published_refitted=calibrated(after),
         clean_before=reading(clean, list(bandwidths), clean),
         clean_after=reading(after, list(bandwidths), clean),
         rows=len(codes),
