@@ -171,7 +171,7 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
         if self.full {
             1
         } else {
-            (self.plan.steps / 10).max(1)
+            (self.plan.steps / 10).max(5)
         }
     }
 

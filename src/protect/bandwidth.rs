@@ -2,8 +2,8 @@
 //! look at the distances themselves.
 
 use super::objective::{
-    Exponentials, LeaveOneOut, Objective, Posterior, Query, RowReading, Scratch, Singleton, Spec,
-    inverse_width,
+    ClassSums, Exponentials, LeaveOneOut, Objective, Posterior, Query, RowReading, Scratch,
+    Singleton, Spec, inverse_width,
 };
 use super::points::Points;
 use super::tile::{Scalar, squared_distances};
@@ -47,7 +47,7 @@ pub fn find<R: Scalar>(
 ) -> Result<f64> {
     let n = points.len();
     let needed = match rule {
-        Rule::Perplexity(k) if !(k > 1.0) => {
+        Rule::Perplexity(k) if k.is_nan() || k <= 1.0 => {
             return Err(Error::value("bandwidth", "a perplexity above 1", k));
         }
         Rule::Perplexity(k) => k + 1.0,
@@ -243,8 +243,10 @@ impl<R: Scalar> Sample<R> {
             };
             let r: RowReading = posterior.row(
                 query,
-                &least,
-                &sums,
+                ClassSums {
+                    least: &least,
+                    sums: &sums,
+                },
                 1.0,
                 &mut factors,
                 None,
@@ -298,7 +300,7 @@ impl<R: Scalar> Kernel for Entropy<'_, R> {
             } else {
                 R::ZERO
             };
-            *e = *e * gap;
+            *e *= gap;
         }
         total.ln() + sum_f64(self.work) / total
     }

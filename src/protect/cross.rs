@@ -4,7 +4,9 @@
 //! product, and feed the second: `Σ_i W_ij (x_i - z_j)` for the centres, `Σ_j W_ij (z_j - x_i)` for the queries.
 
 use super::Tick;
-use super::objective::{Exponentials, Posterior, Query, RowReading, Scratch, Spec, inverse_width};
+use super::objective::{
+    ClassSums, Exponentials, Posterior, Query, RowReading, Scratch, Spec, inverse_width,
+};
 use super::points::{Block, Points};
 use super::tile::{Scalar, squared_distances};
 use crate::linalg::gemm::{self, Mat, Out};
@@ -437,8 +439,10 @@ impl<'a, R: Scalar> RowTask<'a, R> {
         }
         let reading = self.engine.posterior.row(
             query,
-            &self.least,
-            &self.sums,
+            ClassSums {
+                least: &self.least,
+                sums: &self.sums,
+            },
             self.engine.rows,
             &mut self.factors,
             posterior,

@@ -117,6 +117,15 @@ pub struct Posterior<'a> {
     log_priors: Vec<f64>,
 }
 
+/// What a query sees of the centres.
+#[derive(Debug, Clone, Copy)]
+pub struct ClassSums<'a, R> {
+    /// Least squared distance to each class, ∞ where none of its centres counts.
+    pub least: &'a [R],
+    /// `Σ exp((least - d²) / 2h²)` per bandwidth and class.
+    pub sums: &'a [f64],
+}
+
 /// Work space of [`Posterior::row`].
 #[derive(Debug)]
 pub struct Scratch {
@@ -163,19 +172,18 @@ impl<'a> Posterior<'a> {
         self.spec.singleton == Singleton::Keep || left > 0.0
     }
 
-    /// One query: from the least squared distance to each class (∞ where none counts) and, per bandwidth and class,
-    /// `Σ exp((least - d²) / 2h²)`, to the readings, the posterior (mean over bandwidths, added to `posterior`) and, per
+    /// One query: from its class sums to the readings, the posterior (mean over bandwidths, added to `posterior`) and, per
     /// bandwidth and class, the factor of those exponentials in the gradient: `∂φ/∂L · 2 (1/2h²) / (Σ exp · H · rows)`.
     pub fn row<R: Scalar>(
         &self,
         query: Query,
-        least: &[R],
-        sums: &[f64],
+        found: ClassSums<'_, R>,
         rows: f64,
         factors: &mut [f64],
         mut posterior: Option<&mut [f64]>,
         scratch: &mut Scratch,
     ) -> RowReading {
+        let ClassSums { least, sums } = found;
         let spec = self.spec;
         let share = 1.0 / spec.bandwidths.len() as f64;
         let own = self.own_class(query);

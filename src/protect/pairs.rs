@@ -7,7 +7,9 @@
 
 use super::Tick;
 use super::cross::{Less, Outcome};
-use super::objective::{LeaveOneOut, Posterior, Query, RowReading, Scratch, Spec, inverse_width};
+use super::objective::{
+    ClassSums, LeaveOneOut, Posterior, Query, RowReading, Scratch, Spec, inverse_width,
+};
 use super::points::Points;
 use super::tile::{Scalar, exponentials, least, squared_distances, transpose, weight};
 use crate::linalg::gemm::{self, Mat, Out};
@@ -263,8 +265,10 @@ impl<R: Scalar> Engine<'_, R> {
             let target = posterior.chunks_mut(classes).nth(i);
             rows.push(self.posterior.row(
                 query,
-                &least,
-                &sums,
+                ClassSums {
+                    least: &least,
+                    sums: &sums,
+                },
                 self.rows,
                 &mut factors,
                 target,

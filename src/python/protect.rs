@@ -308,6 +308,7 @@ fn find_bandwidth(
 /// Projected gradient ascent from `x`; the best iterate goes to `out`. Returns the trace.
 #[pyfunction]
 #[pyo3(signature = (x, y, classes, out, options, plan, progress=None))]
+#[allow(clippy::too_many_arguments)]
 fn ascend(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,

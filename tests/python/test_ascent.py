@@ -34,10 +34,13 @@ def test_the_objective_rises_within_the_budget(against, per, norm):
     got = maximize_bayes_error(
         x, y, epsilon=epsilon, norm=norm, per=per, against=against, steps=12, bandwidth=0.3, seed=3
     )
-    assert got.x.dtype == x.dtype and got.x.shape == x.shape
+    assert got.x.dtype == x.dtype
+    assert got.x.shape == x.shape
     assert 0 < largest(got.x, x, norm) <= epsilon
-    assert got.certificate.holds and got.certificate.largest_change == largest(got.x, x, norm)
-    assert got.x.min() >= 0 and got.x.max() <= 1
+    assert got.certificate.holds
+    assert got.certificate.largest_change == largest(got.x, x, norm)
+    assert got.x.min() >= 0
+    assert got.x.max() <= 1
     checks = got.trace.checks
     assert checks[:, 1].max() > checks[0, 1] * 1.02
     assert got.trace.best == checks[np.argmax(checks[:, 1]), 0]
@@ -68,7 +71,8 @@ def test_the_budget_holds_as_stored_in_every_dtype(seed, epsilon, dtype, norm, p
     got = maximize_bayes_error(x, y, epsilon=epsilon, norm=norm, per=per, steps=4, bandwidth=0.3, seed=seed)
     assert got.x.dtype == x.dtype
     assert largest(got.x.double(), x.double(), norm) <= epsilon
-    assert float(got.x.min()) >= 0 and float(got.x.max()) <= 1
+    assert float(got.x.min()) >= 0
+    assert float(got.x.max()) <= 1
 
 
 @pytest.mark.parametrize("per", ["class", "sample"])
@@ -76,15 +80,18 @@ def test_bytes_stay_bytes_within_whole_levels(per):
     x, y = images()
     pixels = np.rint(x * 255).astype(np.uint8).reshape(-1, 4, 4)
     got = maximize_bayes_error(pixels, y, epsilon=8.9 / 255, per=per, steps=8, bandwidth=0.3)
-    assert got.x.dtype == np.uint8 and got.x.shape == pixels.shape
+    assert got.x.dtype == np.uint8
+    assert got.x.shape == pixels.shape
     assert np.abs(got.delta).max() == 8
     tensor = maximize_bayes_error(torch.tensor(pixels), y, epsilon=8.9 / 255, per=per, steps=8, bandwidth=0.3)
-    assert tensor.x.dtype == torch.uint8 and np.array_equal(tensor.x.numpy(), got.x)
+    assert tensor.x.dtype == torch.uint8
+    assert np.array_equal(tensor.x.numpy(), got.x)
     floats = maximize_bayes_error(
         pixels.astype(np.float64) / 255, y, epsilon=8.9 / 255, per=per, steps=8, bandwidth=0.3, quantize=255
     )
     levels = floats.x * 255
-    assert np.abs(levels - np.rint(levels)).max() < 1e-9 and np.abs(floats.delta).max() <= 8.9 / 255
+    assert np.abs(levels - np.rint(levels)).max() < 1e-9
+    assert np.abs(floats.delta).max() <= 8.9 / 255
 
 
 def test_one_step_is_the_sign_of_the_gradient():
@@ -163,7 +170,8 @@ def test_figure_and_table():
     got = maximize_bayes_error(x, y, epsilon=0.1, steps=3, bandwidth=0.3)
     figure = got.plot()
     assert len(figure.subfigs) == 2
-    assert "largest change" in got._repr_html_() and "accuracy on clean data" in str(got.certificate)
+    assert "largest change" in got._repr_html_()
+    assert "accuracy on clean data" in str(got.certificate)
 
 
 X, Y = images(30)

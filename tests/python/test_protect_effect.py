@@ -1,4 +1,4 @@
-"""What protection does to models trained afresh on scikit-learn's digits, and to a problem whose Bayes error is known."""
+"""What protection does to models trained afresh on digits, and to a problem whose Bayes error is known."""
 
 from __future__ import annotations
 

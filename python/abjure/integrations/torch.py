@@ -47,7 +47,11 @@ def kde_objective_torch(
         seen = own >= 0
         masked[torch.arange(len(at), device=at.device)[seen], own[seen]] = True
     members = torch.nn.functional.one_hot(labels, classes).to(centres.dtype).sum(0)
-    prior = members / members.sum() if priors is None else torch.as_tensor(priors, dtype=centres.dtype, device=centres.device)
+    prior = (
+        members / members.sum()
+        if priors is None
+        else torch.as_tensor(priors, dtype=centres.dtype, device=centres.device)
+    )
     counts = members.expand(len(at), classes)
     if leave_one_out == "corrected":
         rows = masked.to(centres.dtype) @ torch.nn.functional.one_hot(labels, classes).to(centres.dtype)

@@ -1,4 +1,4 @@
-"""Publish data that a model cannot learn from: the Bayes error of labelled data, its gradient, and the ascent along it."""
+"""Publish data that a model cannot learn from: Bayes error, its gradient, and the ascent along it."""
 
 from __future__ import annotations
 

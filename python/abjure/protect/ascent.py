@@ -120,8 +120,8 @@ class Protected:
             wide = {torch.uint8: torch.int16, torch.float64: torch.float64}.get(self.x.dtype, torch.float32)
             return self.x.to(wide) - self.clean.to(wide)
         x, clean = np.asarray(self.x), np.asarray(self.clean)
-        wide = np.int16 if x.dtype == np.uint8 else np.float64 if x.dtype == np.float64 else np.float32
-        return x.astype(wide) - clean.astype(wide)
+        name = {"uint8": "int16", "float64": "float64"}.get(x.dtype.name, "float32")
+        return x.astype(name) - clean.astype(name)
 
     def _repr_html_(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
@@ -284,11 +284,12 @@ def maximize_bayes_error(
     certificate_rows: int = 4096,
     progress: bool | Callable[[int], object] | None = None,
 ) -> Protected:
-    """Perturb labelled data within a budget so that their kernel density Bayes error rises (projected gradient ascent).
+    """Perturb labelled data within a budget so that their kernel density Bayes error rises.
 
-    ``against="clean"`` raises the error that the best rule learnt from the published points makes on the clean ones: the
-    form that carries over to models trained afresh. ``against="published"`` raises the Bayes error of the published points
-    themselves, which a model that averages over its neighbourhood need not notice. The formulation is this library's own.
+    Projected gradient ascent. ``against="clean"`` raises the error that the best rule learnt from the published points
+    makes on the clean ones: the form that carries over to models trained afresh. ``against="published"`` raises the
+    Bayes error of the published points themselves, which a model that averages over its neighbourhood need not notice.
+    The idea is that of Zhang, Sun, Lim and Zhang (arXiv 2511.08191); the estimator is this library's own.
 
     Args:
         x: ``(n, ...)`` clean data: f64, f32, f16, bf16, or uint8 images, whose values are read as multiples of 1/255.
@@ -297,8 +298,8 @@ def maximize_bayes_error(
         norm: ``"linf"`` (sign steps) or ``"l2"`` (normalised steps, exact projection on ball and box).
         steps: number of steps.
         against: see above.
-        per: one perturbation per ``"class"``, per ``"sample"``, or ``"both"``: a shared one of ``class_share`` of the budget,
-            and of the steps, then one per row in what is left.
+        per: one perturbation per ``"class"``, per ``"sample"``, or ``"both"``: a shared one of ``class_share`` of the
+            budget, and of the steps, then one per row in what is left.
         objective: as in :func:`bayes_error`. With ``against="published"`` and ``cap``, ``"soft"`` stops counting a row
             once its own label is no likelier than chance, so that points become ambiguous and not merely swapped.
         bandwidth: as in :func:`bayes_error`, frozen during the ascent, several are averaged. None: perplexity 100 (at

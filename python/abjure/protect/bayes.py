@@ -1,4 +1,4 @@
-"""The Bayes error of labelled data as a class-conditional Gaussian kernel density posterior reads it, and its gradient."""
+"""The Bayes error of labelled data as a Gaussian kernel density posterior reads it, and its gradient."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def bandwidth(x: Any, y: Any, rule: Bandwidth = "perplexity", *, perplexity: flo
     Args:
         x: ``(n, ...)``, f64, f32, f16 or bf16; trailing axes are flattened.
         y: ``(n,)`` integer labels.
-        rule: ``"perplexity"`` (mean entropy of the leave-one-out kernel weights is log ``perplexity``), ``"nll"`` (least
-            leave-one-out negative log-likelihood of the labels) or ``"knn"`` (0.27 × median distance to the tenth
-            neighbour). They look at the distances from all rows, or from evenly spread rows where there are more than
-            2^24 pairs.
+        rule: ``"perplexity"`` (mean entropy of the leave-one-out kernel weights is log ``perplexity``), ``"nll"``
+            (least leave-one-out negative log-likelihood of the labels) or ``"knn"`` (0.27 × median distance to the
+            tenth neighbour). They look at the distances from all rows, or from evenly spread rows where there are
+            more than 2^24 pairs.
         perplexity: effective number of neighbours of the first rule.
 
     Returns:
@@ -150,8 +150,8 @@ class BayesError:
     """Readings of the Bayes error, all means over the rows that count (and over the bandwidths, if several).
 
     ``plugin``, ``gini`` and ``soft`` are the plug-in error ``1 - max P``, the asymptotic nearest-neighbour error
-    ``1 - Σ P²`` and the error ``1 - P_y`` of drawing the label; ``own_label_error`` is the share of rows whose likeliest
-    class is not their label. The first two never exceed ``1 - 1/C``; ``soft`` may.
+    ``1 - Σ P²`` and the error ``1 - P_y`` of drawing the label; ``own_label_error`` is the share of rows whose
+    likeliest class is not their label. The first two never exceed ``1 - 1/C``; ``soft`` may.
     """
 
     value: float
@@ -216,7 +216,7 @@ class BayesError:
 
 @dataclass(frozen=True)
 class Gradient:
-    """An objective and its gradient: ``centres`` like ``x``, ``queries`` like the queries (None where they are ``x``)."""
+    """An objective and its gradient: ``centres`` like ``x``, ``queries`` like the queries (or None)."""
 
     value: float
     centres: Any
@@ -350,8 +350,8 @@ def bayes_error(
             over which the objective is averaged; see :func:`bandwidth`.
         objective: what ``value`` reads: ``"plugin"``, ``"gini"``, ``"softmax_tau"`` (with ``tau``), ``"entropy"``,
             ``"soft"``, ``"soft_capped"``, ``"nll"``.
-        leave_one_out: ``True`` is ``"corrected"`` (the own class counts one member less) without queries and ``"plain"``
-            (counts stay) with them; ``False`` is ``"none"``.
+        leave_one_out: ``True`` is ``"corrected"`` (the own class counts one member less) without queries and
+            ``"plain"`` (counts stay) with them; ``False`` is ``"none"``.
         priors: class probabilities in the order of the sorted labels; shares of ``y`` if None.
         singleton: a class of one member under leave-one-out is an ``"error"``, ``"exclude"`` leaves the row out of the
             mean, ``"keep"`` gives it probability 0.
