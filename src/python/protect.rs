@@ -305,6 +305,9 @@ fn find_bandwidth(
     })
 }
 
+/// Objective by step, checks as (steps, objective), and the steps behind what was kept.
+type Course = (Vec<f64>, Vec<(usize, f64)>, usize);
+
 /// Projected gradient ascent from `x`; the best iterate goes to `out`. Returns the trace.
 #[pyfunction]
 #[pyo3(signature = (x, y, classes, out, options, plan, progress=None))]
@@ -318,7 +321,7 @@ fn ascend(
     options: &Bound<'_, PyDict>,
     plan: PlanArgument,
     progress: Option<&Bound<'_, PyAny>>,
-) -> PyResult<(Vec<f64>, Vec<(usize, f64)>, usize)> {
+) -> PyResult<Course> {
     let (array, mut target) = (Array::extract(x, "x")?, Array::extract(out, "out")?);
     target.expect_dtype(array.dtype())?;
     target.expect_shape(array.shape())?;
