@@ -135,3 +135,43 @@ class PhraseAutomaton:
     def apply_(self, logits: Any, context: Any, begin: Any, dead_end: int | None = None) -> None: ...
 
 # protect
+def published_error(
+    x: Any,
+    y: Any,
+    classes: int,
+    options: dict[str, Any],
+    gradient: bool,
+    posterior: bool,
+    block: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]: ...
+def cross_error(
+    x: Any,
+    y: Any,
+    classes: int,
+    queries: Any,
+    query_y: Any,
+    query_rows: Any,
+    options: dict[str, Any],
+    centre_gradient: str,
+    query_gradient: bool,
+    posterior: bool,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]: ...
+def find_bandwidth(
+    x: Any,
+    y: Any,
+    classes: int,
+    rule: str,
+    perplexity: float,
+    progress: Callable[[int], object] | None = None,
+) -> float: ...
+def ascend(
+    x: Any,
+    y: Any,
+    classes: int,
+    out: Any,
+    options: dict[str, Any],
+    plan: dict[str, Any],
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[float], list[tuple[int, float]], int]: ...
