@@ -206,6 +206,14 @@ impl<'a, T> RowsMut<'a, T> {
         }
     }
 
+    /// The same rows, writable, for less long.
+    pub fn reborrow(&mut self) -> RowsMut<'_, T> {
+        RowsMut {
+            data: self.data,
+            layout: self.layout.clone(),
+        }
+    }
+
     /// Disjoint runs of at most `max_rows` rows that cover the view. Boundaries depend on the layout alone.
     pub fn into_runs(self, max_rows: usize) -> Vec<Run<&'a mut [T]>> {
         let mut out = Vec::new();

@@ -43,7 +43,7 @@ pub fn baseline(group: &mut BenchmarkGroup<'_, WallTime>, id: &str, setup: &str,
     let source = |s: &str| CString::new(s).expect("no NUL in Python source");
     Python::attach(|py| {
         let scope = PyDict::new(py);
-        let run = || -> PyResult<()> {
+        let mut run = || -> PyResult<()> {
             // The embedded interpreter does not know the virtual environment it was built for.
             py.run(
                 c"import os, site\nif 'VIRTUAL_ENV' in os.environ:\n    import sysconfig\n    site.addsitedir(sysconfig.get_path('purelib', vars={'base': os.environ['VIRTUAL_ENV']}))",

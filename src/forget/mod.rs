@@ -1,1 +1,2 @@
 //! Unlearning: Fisher importance and dampening.
+pub mod logprobs;

@@ -1,1 +1,5 @@
-//! Linear algebra the wings share: orthonormal bases and matrix products.
+//! Linear algebra the wings share.
+
+pub mod orthonormal;
+
+pub use orthonormal::{Orthonormal, orthonormalize};

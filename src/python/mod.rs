@@ -7,6 +7,7 @@ mod decoding;
 mod directions;
 mod errors;
 mod forget;
+mod logprobs;
 mod long;
 mod protect;
 mod system;
@@ -16,6 +17,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     system::register(m)?;
     forget::register(m)?;
+    logprobs::register(m)?;
     directions::register(m)?;
     decoding::register(m)?;
     protect::register(m)

@@ -9,8 +9,12 @@
 
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
+mod exp;
+mod lse;
 mod reduce;
-pub use reduce::{LANES, dot, max, sum_f64, sum_squares_f64};
+pub use exp::{Exp, exp};
+pub use lse::log_sum_exp;
+pub use reduce::{LANES, dot, max, sum_f64, sum_map, sum_squares_f64};
 
 /// Instruction set a kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

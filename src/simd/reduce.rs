@@ -49,16 +49,22 @@ pub fn dot<T: Element>(x: &[T], q: &[T::Acc]) -> f64 {
     sum_by(x, q, |x, q| x.load() * q)
 }
 
+/// `Σ term(x_i)`, at most 22 additions deep in the type of the terms, then f64.
+#[inline(always)]
+pub fn sum_map<T: Copy, R: Real>(x: &[T], term: impl Fn(T) -> R) -> f64 {
+    sum_by(x, x, |x, _| term(x))
+}
+
 /// `Σ x_i` with every addition in f64.
 #[inline(always)]
 pub fn sum_f64<T: Element>(x: &[T]) -> f64 {
-    sum_by(x, x, |x, _| x.load().to_f64())
+    sum_map(x, |x| x.load().to_f64())
 }
 
 /// `Σ x_i²` with every product and addition in f64.
 #[inline(always)]
 pub fn sum_squares_f64<T: Element>(x: &[T]) -> f64 {
-    sum_by(x, x, |x, _| {
+    sum_map(x, |x| {
         let v = x.load().to_f64();
         v * v
     })

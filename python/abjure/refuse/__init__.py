@@ -1,7 +1,17 @@
 """Find, watch, remove, add or gate refusal in a language model."""
 
-# decoding
 from .calibrate import Threshold, calibrate_bias, calibrate_threshold
+from .contrast import Contrast, Eraser
+from .directions import (
+    Direction,
+    ablate,
+    ablate_,
+    affine_ablate_,
+    orthonormal_basis,
+    project,
+    steer_,
+)
+from .hooks import Recording, ablating, decoder_blocks, recording, steering
 from .phrases import ForbiddenPhrases
 from .tokens import (
     RefusalTokens,
@@ -15,20 +25,37 @@ from .tokens import (
     row_max_gap,
     threshold_to_bias,
 )
+from .weights import WeightReport, orthogonalize_
 
 __all__ = [
+    "Contrast",
+    "Direction",
+    "Eraser",
     "ForbiddenPhrases",
+    "Recording",
     "RefusalTokens",
     "Threshold",
+    "WeightReport",
+    "ablate",
+    "ablate_",
+    "ablating",
+    "affine_ablate_",
     "bias_",
     "bias_for_probability",
     "bias_to_threshold",
     "calibrate_bias",
     "calibrate_threshold",
+    "decoder_blocks",
     "force_",
     "logit",
+    "orthogonalize_",
+    "orthonormal_basis",
+    "project",
+    "recording",
     "row_lse",
     "row_margin",
     "row_max_gap",
+    "steer_",
+    "steering",
     "threshold_to_bias",
 ]

@@ -1,1 +1,7 @@
-//! Directions: estimate, project, ablate, steer; activations and weights.
+//! Directions: project, ablate, steer; activations and weights.
+
+pub mod edit;
+pub mod weights;
+
+pub use edit::Edit;
+pub use weights::{NormPreserving, check_finite, orthogonalize_columns};

@@ -1,0 +1,290 @@
+"""Directions from two classes of activations, without holding the activations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import _native
+from .._interop import integers, is_torch, source
+from ..errors import ArgumentError, DegenerateError, DeviceError, NonFiniteError, ShapeError
+from .directions import ArrayT, Direction, Edit, Site, Vector, _finite, _width
+
+#: A difference of means shorter than this part of the longer mean is rounding, not a direction.
+_NO_DIFFERENCE = 1e-12
+
+
+class Contrast:
+    """Streaming mean (and covariance, where asked for) of two classes of activations, in float64.
+
+    Class 1 is the one the directions point to (harmful, refused). Memory is two means of d numbers, plus two d × d
+    matrices with ``covariance=True``. Batches are merged by Chan's formula, so a common offset costs no accuracy, and
+    the result does not depend on the number of threads.
+
+    Args:
+        covariance: keep second moments, which :meth:`pca`, :meth:`lda` and :meth:`leace` need.
+        nonfinite: ``"error"`` refuses a batch that holds a NaN or an infinity; ``"skip"`` leaves such rows out and
+            counts them in :attr:`skipped`.
+        layer, site, position: where the activations are read, kept in the directions.
+    """
+
+    def __init__(
+        self,
+        covariance: bool = False,
+        *,
+        nonfinite: Literal["error", "skip"] = "error",
+        layer: int | None = None,
+        site: Site = "pre",
+        position: int | None = None,
+    ) -> None:
+        if nonfinite not in ("error", "skip"):
+            raise ArgumentError(f'nonfinite: expected "error" or "skip", got {nonfinite!r}')
+        if site not in ("pre", "post"):
+            raise ArgumentError(f'site: expected "pre" or "post", got {site!r}')
+        self.covariance = covariance
+        self.nonfinite = nonfinite
+        self.layer, self.site, self.position = layer, site, position
+        #: Rows left out as non-finite.
+        self.skipped = 0
+        self._moments: tuple[Any, Any] | None = None
+
+    def update(self, x: Any, label: Any) -> Contrast:
+        """Adds activations.
+
+        Args:
+            x: ``(d,)``, ``(n, d)`` or ``(..., d)``.
+            label: 0 or 1 for all rows (booleans too), or one per row with the leading shape of ``x``.
+
+        Returns:
+            ``self``.
+
+        Raises:
+            ShapeError, DTypeError, LayoutError, DeviceError: an argument does not fit what came before.
+            ArgumentError: a label other than 0 and 1.
+            NonFiniteError: by policy. Nothing has been added then.
+        """
+        if is_torch(x) and x.device.type != "cpu":
+            raise DeviceError(f"x: expected a CPU tensor, got device {str(x.device)!r}; means are kept on the CPU")
+        width = _width(x)
+        rows = source(x, "x")
+        labels = integers(label, "label").reshape(np.shape(label))
+        if not np.isin(labels, (0, 1)).all():
+            raise ArgumentError(f"label: expected 0 or 1, got {np.setdiff1d(labels, (0, 1))[0]}")
+        if labels.ndim and labels.shape != tuple(rows.shape[:-1]):
+            raise ShapeError(f"label: expected a scalar or shape {tuple(rows.shape[:-1])}, got {labels.shape}")
+        if self._moments is not None and self._moments[0].width != width:
+            raise ShapeError(f"x: expected a last axis of {self._moments[0].width}, got {width}")
+        skip = self.nonfinite == "skip"
+        held = self._moments or (_native.Moments(width, self.covariance), _native.Moments(width, self.covariance))
+        if labels.ndim == 0:
+            skipped = held[int(labels)].update(rows, None, skip)
+        else:
+            # Both classes are read before either total changes.
+            batch = [_native.Moments(width, self.covariance) for _ in range(2)]
+            weights = [(labels.reshape(-1) == value).astype(np.float64) for value in (0, 1)]
+            skipped = sum(m.update(rows, w, skip) for m, w in zip(batch, weights, strict=True))
+            for total, part in zip(held, batch, strict=True):
+                total.merge(part)
+        self._moments = held
+        self.skipped += skipped
+        return self
+
+    def merge(self, other: Contrast) -> Contrast:
+        """Adds what ``other`` has seen, for instance on another worker. Returns ``self``.
+
+        Raises:
+            ShapeError, ArgumentError: another width, covariance setting, layer, site or position.
+        """
+        for name in ("covariance", "layer", "site", "position"):
+            if getattr(self, name) != getattr(other, name):
+                raise ArgumentError(f"other: expected {name}={getattr(self, name)!r}, got {getattr(other, name)!r}")
+        if other._moments is None:
+            return self
+        if self._moments is None:
+            self._moments = (other._moments[0].copy(), other._moments[1].copy())
+        else:
+            merged = (self._moments[0].copy(), self._moments[1].copy())
+            for mine, theirs in zip(merged, other._moments, strict=True):
+                mine.merge(theirs.copy())
+            self._moments = merged
+        self.skipped += other.skipped
+        return self
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Rows of class 0 and of class 1."""
+        if self._moments is None:
+            return (0, 0)
+        return (round(self._moments[0].weight), round(self._moments[1].weight))
+
+    @property
+    def means(self) -> tuple[Vector, Vector]:
+        """Means of class 0 and class 1, ``(d,)`` float64.
+
+        Raises:
+            DegenerateError: a class is empty.
+        """
+        classes = self._classes()
+        return classes[0].mean, classes[1].mean
+
+    def _classes(self) -> tuple[Any, Any]:
+        counts = self.counts
+        if self._moments is None or 0 in counts:
+            raise DegenerateError(
+                f"label: expected activations of both classes, got {counts[0]} of 0, {counts[1]} of 1"
+            )
+        return self._moments
+
+    def _difference(self) -> Vector:
+        low, high = self.means
+        difference: Vector = high - low
+        if np.linalg.norm(difference) <= _NO_DIFFERENCE * max(np.linalg.norm(low), np.linalg.norm(high)):
+            raise DegenerateError("x: the class means are equal, so there is no direction between them")
+        return difference
+
+    def _direction(self, vector: Vector, method: str, **facts: Any) -> Direction:
+        provenance = {"method": method, "skipped": self.skipped, **facts}
+        return Direction(vector, self.layer, self.site, self.position, self.counts, provenance)
+
+    def difference_in_means(self) -> Direction:
+        """Mean of class 1 minus mean of class 0, not normalised (Arditi et al. 2024, eq. 3).
+
+        Raises:
+            DegenerateError: a class is empty, or the means are equal to 1e-12 of their length (the residual stream of
+                layer 0 at a position where all prompts have the same token).
+        """
+        return self._direction(self._difference(), "difference_in_means")
+
+    def _scatters(self, least: int) -> tuple[Vector, Vector]:
+        if not self.covariance:
+            raise ArgumentError("covariance: expected Contrast(covariance=True), which keeps second moments")
+        classes = self._classes()
+        if min(self.counts) < least or sum(self.counts) < 3:
+            raise DegenerateError(f"label: too few activations for a covariance, got counts {self.counts}")
+        return classes[0].second, classes[1].second
+
+    def pca(self) -> Direction:
+        """First principal component about the midpoint of the class means, classes weighted equally; unit length.
+
+        This is the leading eigenvector of ``(Σ₀ + Σ₁)/2 + ΔΔᵀ/4``, the streaming form of the pair-centred component
+        of representation engineering (Zou et al. 2023): centring the pair differences themselves would subtract the
+        mean difference that is sought. It points to class 1. Time is that of an eigendecomposition of d × d.
+
+        Raises:
+            ArgumentError: no covariance was kept.
+            DegenerateError: a class is empty, or the component is orthogonal to the difference in means.
+        """
+        scatter = self._scatters(1)
+        n = self.counts
+        difference = self._difference()
+        total = (scatter[0] / n[0] + scatter[1] / n[1]) / 2 + np.outer(difference, difference) / 4
+        values, vectors = np.linalg.eigh(total)
+        leading: Vector = vectors[:, -1]
+        along = float(leading @ difference)
+        if abs(along) <= 1e-12 * float(np.linalg.norm(difference)):
+            raise DegenerateError("x: the first principal component is orthogonal to the difference in means")
+        share = float(values[-1] / values.sum())
+        return self._direction(leading * np.sign(along), "pca", explained=share)
+
+    def lda(self, shrinkage: float = 0.0) -> Direction:
+        """Linear discriminant ``((1−λ) S_w + λ tr(S_w)/d · I)⁻¹ (μ₁ − μ₀)`` (Fisher 1936); S_w pooled, over n − 2.
+
+        Args:
+            shrinkage: λ in [0, 1]; needed where there are fewer activations than dimensions.
+
+        Raises:
+            ArgumentError: λ outside [0, 1], or no covariance was kept.
+            DegenerateError: an empty class, equal means, or a singular covariance.
+        """
+        if not 0 <= _finite(shrinkage, "shrinkage") <= 1:
+            raise ArgumentError(f"shrinkage: expected a number in [0, 1], got {shrinkage}")
+        scatter = self._scatters(1)
+        within = _shrunk((scatter[0] + scatter[1]) / (sum(self.counts) - 2), shrinkage)
+        return self._direction(_solve(within, self._difference()), "lda", shrinkage=float(shrinkage))
+
+    def leace(self, shrinkage: float = 0.0) -> Eraser:
+        """Least-squares concept erasure of the label (Belrose et al. 2023, arXiv 2306.03819, binary case).
+
+        ``x − ((x−μ)·a) v / (v·a)`` with v the covariance of x with the label and ``a = Σ⁻¹ v``: afterwards no linear
+        probe does better than chance on the activations seen here; on others a little leaks through.
+
+        Args:
+            shrinkage: λ in [0, 1] of ``(1−λ) Σ + λ tr(Σ)/d · I``.
+
+        Raises:
+            As :meth:`lda`.
+        """
+        if not 0 <= _finite(shrinkage, "shrinkage") <= 1:
+            raise ArgumentError(f"shrinkage: expected a number in [0, 1], got {shrinkage}")
+        self._scatters(1)
+        low, high = self._classes()
+        pooled = low.copy()
+        pooled.merge(high.copy())
+        total = _shrunk(pooled.second / (pooled.weight - 1), shrinkage)
+        n = self.counts
+        v = self._difference() * (n[0] * n[1] / (sum(n) * (sum(n) - 1)))
+        return Eraser(left=_solve(total, v), right=v, mean=pooled.mean)
+
+    def __repr__(self) -> str:
+        where = f"layer={self.layer}, site={self.site!r}, position={self.position}"
+        return f"Contrast(counts={self.counts}, skipped={self.skipped}, covariance={self.covariance}, {where})"
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th>{k}</th><td>{v}</td></tr>"
+            for k, v in {
+                "rows of class 0, class 1": self.counts,
+                "skipped": self.skipped,
+                "covariance": self.covariance,
+                "layer": self.layer,
+                "site": self.site,
+                "position": self.position,
+            }.items()
+        )
+        return f"<table><caption>Contrast</caption>{cells}</table>"
+
+
+class Eraser:
+    """An oblique affine projection that removes what predicts a label: ``x − ((x−mean)·left) right / (right·left)``."""
+
+    def __init__(self, left: Vector, right: Vector, mean: Vector) -> None:
+        self.left, self.right, self.mean = left, right, mean
+        self._edit = Edit(len(left), left[None] / float(left @ right), right=right[None], origin=mean)
+
+    def apply(self, x: ArrayT) -> ArrayT:
+        """Erased rows of ``x`` ``(..., d)`` as a new array; errors as :func:`abjure.refuse.ablate`."""
+        return self._edit.apply(x)
+
+    def apply_(self, x: ArrayT) -> ArrayT:
+        """Erases in place and returns ``x``; errors as :func:`abjure.refuse.ablate_`."""
+        return self._edit.apply_(x)
+
+
+def _shrunk(covariance: Vector, shrinkage: float) -> Vector:
+    d = len(covariance)
+    shrunk: Vector = (1 - shrinkage) * covariance
+    shrunk[np.diag_indices(d)] += shrinkage * np.trace(covariance) / d
+    return shrunk
+
+
+def _solve(matrix: Vector, rhs: Vector) -> Vector:
+    """Solution of a positive definite system.
+
+    Raises:
+        DegenerateError: the matrix is singular to working precision.
+        NonFiniteError: the solution overflows.
+    """
+    scale = np.sqrt(np.maximum(np.diag(matrix), 0.0))
+    scale[scale == 0] = 1.0
+    unit = matrix / np.outer(scale, scale)
+    try:
+        factor = np.linalg.cholesky(unit)
+    except np.linalg.LinAlgError:
+        factor = np.zeros((1, 1))
+    if np.diag(factor).min() ** 2 <= len(matrix) * np.finfo(np.float64).eps:
+        raise DegenerateError("x: the covariance is singular; pass shrinkage > 0")
+    solution: Vector = np.linalg.solve(unit, rhs / scale) / scale
+    if not np.isfinite(solution).all():
+        raise NonFiniteError("x: the discriminant overflows")
+    return solution

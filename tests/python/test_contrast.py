@@ -1,0 +1,188 @@
+"""Class means and what is estimated from them: known vectors, numpy and scikit-learn oracles, every bad argument."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+
+import abjure
+from abjure import refuse
+
+HIGH = np.array([[1.5, -0.25, 0.75, 2], [2.5, 0.5, -0.125, 1], [0.75, -1, 0.25, 3]])
+LOW = np.array([[0.5, 0.25, 0.5, -1], [-0.25, 0.75, 1, 0.5], [0, -0.5, 0.25, 0.25], [0.75, 1.5, -0.25, -0.75]])
+PLANE = np.array([[1, 0.5], [2, -0.5], [0, 1.5], [-1, 0], [-2, -1], [0.5, -0.5]])
+PLANE_LABELS = np.array([1, 1, 1, 0, 0, 0])
+
+
+def test_difference_in_means():
+    contrast = refuse.Contrast(layer=5, position=-1).update(HIGH, 1).update(LOW, 0)
+    d = contrast.difference_in_means()
+    np.testing.assert_allclose(d.vector, [1.33333333333333, -0.75, -0.0833333333333333, 2.25], rtol=1e-13)
+    assert d.norm == pytest.approx(2.72208049517685, rel=1e-14)
+    assert (d.layer, d.site, d.position, d.counts) == (5, "pre", -1, (4, 3))
+    assert d.provenance["method"] == "difference_in_means"
+    np.testing.assert_allclose(contrast.means[0], [0.25, 0.5, 0.375, -0.25])
+    assert "Contrast" in contrast._repr_html_()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    n=st.integers(2, 700),
+    d=st.integers(1, 80),
+    batches=st.integers(1, 4),
+    covariance=st.booleans(),
+    offset=st.sampled_from([0.0, 1e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_batching_gives_the_two_pass_result(dtype, n, d, batches, covariance, offset, seed):
+    gen = torch.Generator().manual_seed(seed)
+    x = (torch.randn(n, d, generator=gen, dtype=torch.float64) + offset).to(dtype)
+    labels = torch.randint(0, 2, (n,), generator=gen)
+    labels[:2] = torch.tensor([0, 1])
+    whole = refuse.Contrast(covariance).update(x, labels)
+    merged = refuse.Contrast(covariance)
+    for part, y in zip(x.chunk(batches), labels.chunk(batches), strict=True):
+        merged.merge(refuse.Contrast(covariance).update(part, y))
+    wide, y = x.double().numpy(), labels.numpy()
+    for contrast in (whole, merged):
+        assert contrast.counts == (int((y == 0).sum()), int((y == 1).sum()))
+        for c in (0, 1):
+            rows = wide[y == c]
+            tol = 1e-12 * (1 + abs(offset))
+            np.testing.assert_allclose(contrast.means[c], rows.mean(0), rtol=1e-13, atol=tol)
+            if covariance:
+                centred = rows - rows.mean(0)
+                got = contrast._moments[c].second
+                np.testing.assert_allclose(got, centred.T @ centred, rtol=1e-9, atol=1e-7 * len(rows))
+
+
+def test_same_bits_for_any_number_of_threads():
+    x, y = torch.randn(3000, 257), torch.arange(3000) % 2
+    before, seen = abjure.get_num_threads(), []
+    for threads in (1, 2, 5):
+        abjure.set_num_threads(threads)
+        contrast = refuse.Contrast(covariance=True).update(x, y)
+        seen.append((contrast.difference_in_means().vector.tobytes(), contrast._moments[0].second.tobytes()))
+    abjure.set_num_threads(before)
+    assert len(set(seen)) == 1
+
+
+def test_shapes_of_labels():
+    x = torch.randn(2, 3, 5, 8)
+    y = torch.randint(0, 2, (2, 3, 5))
+    flat = refuse.Contrast().update(x.reshape(-1, 8), y.reshape(-1))
+    np.testing.assert_array_equal(refuse.Contrast().update(x, y).means, flat.means)
+    np.testing.assert_array_equal(refuse.Contrast().update(x, y.bool()).means, flat.means)
+    strided = refuse.Contrast().update(x.transpose(0, 2), y.transpose(0, 2))
+    np.testing.assert_allclose(strided.means, flat.means, rtol=1e-12, atol=1e-15)
+    one = refuse.Contrast().update(np.ones(3), True).update(np.zeros(3), False)
+    np.testing.assert_array_equal(one.difference_in_means().vector, np.ones(3))
+
+
+def test_discriminant_and_erasure():
+    contrast = refuse.Contrast(covariance=True).update(PLANE, PLANE_LABELS)
+    np.testing.assert_allclose(contrast.lda().vector, [2.28125, 2.96875], rtol=1e-12)
+    np.testing.assert_allclose(contrast.lda(0.2).vector, [2.07060981201284, 2.34387895460798], rtol=1e-12)
+    eraser = contrast.leace()
+    erased = eraser.apply(PLANE)
+    np.testing.assert_allclose(erased[:2], [[0.083333333333333, 0], [1.25958970623938, -0.903860160233066]], atol=1e-13)
+    np.testing.assert_allclose(np.cov(erased.T, PLANE_LABELS)[2, :2], 0, atol=1e-14)
+    np.testing.assert_array_equal(eraser.apply_(PLANE.copy()), erased)
+
+
+def test_erasure_defeats_a_linear_probe():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 600)
+    x = rng.standard_normal((600, 20)) @ rng.standard_normal((20, 20)) + np.outer(y, rng.standard_normal(20)) * 2
+    contrast = refuse.Contrast(covariance=True).update(x, y)
+    erased = contrast.leace().apply(x)
+    assert LogisticRegression(max_iter=2000).fit(x, y).score(x, y) > 0.9
+    base = max(y.mean(), 1 - y.mean())
+    assert LogisticRegression(max_iter=2000).fit(erased, y).score(erased, y) < base + 0.05
+
+
+def test_principal_component_keeps_the_difference():
+    rng = np.random.default_rng(0)
+    d, n = 256, 400
+    mean = np.zeros(d)
+    mean[0] = 6
+    noise = np.zeros(d)
+    noise[1] = 2
+    x = rng.standard_normal((n, d)) * 0.3 + np.outer(rng.standard_normal(n), noise)
+    y = np.arange(n) % 2
+    x[y == 1] += mean
+    component = refuse.Contrast(covariance=True).update(x, y).pca()
+    assert component.unit[0] > 0.95
+    assert component.norm == pytest.approx(1)
+    labels = y == 1
+    midpoint = (x[labels].mean(0) + x[~labels].mean(0)) / 2
+    total = sum((x[m] - midpoint).T @ (x[m] - midpoint) / m.sum() / 2 for m in (labels, ~labels))
+    assert abs(np.linalg.eigh(total)[1][:, -1] @ component.unit) == pytest.approx(1, abs=1e-12)
+
+
+def test_non_finite_policies():
+    x = HIGH.copy()
+    x[1, 2] = np.nan
+    contrast = refuse.Contrast().update(LOW, 0)
+    with pytest.raises(abjure.NonFiniteError, match=r"x: .* index 6"):
+        contrast.update(x, 1)
+    with pytest.raises(abjure.NonFiniteError):
+        contrast.update(np.concatenate([LOW, x]), [0, 0, 0, 0, 1, 1, 1])
+    assert contrast.counts == (4, 0)
+    skipping = refuse.Contrast(nonfinite="skip").update(LOW, 0).update(x, 1)
+    assert (skipping.counts, skipping.skipped) == ((4, 2), 1)
+    np.testing.assert_allclose(skipping.means[1], HIGH[[0, 2]].mean(0))
+    assert skipping.difference_in_means().provenance["skipped"] == 1
+
+
+def test_degenerate_input():
+    with pytest.raises(abjure.DegenerateError, match="both classes, got 0 of 0, 0 of 1"):
+        refuse.Contrast().difference_in_means()
+    with pytest.raises(abjure.DegenerateError, match="got 3 of 0, 0 of 1"):
+        refuse.Contrast().update(HIGH, 0).difference_in_means()
+    same = refuse.Contrast().update(HIGH, 0).update(HIGH, 1)
+    with pytest.raises(abjure.DegenerateError, match="means are equal"):
+        same.difference_in_means()
+    few = refuse.Contrast(covariance=True).update(HIGH, 1).update(LOW, 0)
+    few.lda(0.1)
+    thin = refuse.Contrast(covariance=True).update(HIGH[:2], 1).update(LOW[:1], 0)
+    with pytest.raises(abjure.DegenerateError, match="singular"):
+        thin.lda()
+    thin.lda(0.5)
+    with pytest.raises(abjure.DegenerateError, match="singular"):
+        thin.leace()
+    single = refuse.Contrast(covariance=True).update(HIGH[:1], 1).update(LOW[:1], 0)
+    with pytest.raises(abjure.DegenerateError, match="too few"):
+        single.lda(0.5)
+    assert single.difference_in_means().counts == (1, 1)
+
+
+def test_bad_arguments():
+    contrast = refuse.Contrast().update(HIGH, 1)
+    mean = contrast._moments[1].mean
+    cases = [
+        (lambda: contrast.update(HIGH[:, :3], 1), abjure.ShapeError, "x:"),
+        (lambda: contrast.update(HIGH, 2), abjure.ArgumentError, "label:"),
+        (lambda: contrast.update(HIGH, [0, 1]), abjure.ShapeError, "label:"),
+        (lambda: contrast.update(HIGH, [0, 1, -1]), abjure.ArgumentError, "label:"),
+        (lambda: contrast.update(HIGH, 0.5), abjure.DTypeError, "label:"),
+        (lambda: contrast.update(HIGH.astype(np.int64), 1), abjure.DTypeError, "x:"),
+        (lambda: contrast.update(torch.ones(2, 4, device="meta"), 1), abjure.DeviceError, "x:"),
+        (lambda: contrast.pca(), abjure.ArgumentError, "covariance:"),
+        (lambda: contrast.merge(refuse.Contrast(covariance=True)), abjure.ArgumentError, "covariance"),
+        (lambda: contrast.merge(refuse.Contrast(layer=1)), abjure.ArgumentError, "layer"),
+        (lambda: contrast.merge(refuse.Contrast().update(np.ones(3), 0)), abjure.ShapeError, "other:"),
+        (lambda: contrast.lda(-0.1), abjure.ArgumentError, "shrinkage:"),
+        (lambda: refuse.Contrast(nonfinite="drop"), abjure.ArgumentError, "nonfinite:"),
+        (lambda: refuse.Contrast(site="in"), abjure.ArgumentError, "site:"),
+    ]
+    for call, error, match in cases:
+        with pytest.raises(error, match=match):
+            call()
+    assert contrast.counts == (0, 3)
+    np.testing.assert_array_equal(contrast._moments[1].mean, mean)

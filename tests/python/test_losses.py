@@ -1,0 +1,367 @@
+"""Token log-probabilities and the unlearning losses, against worked values and torch autograd in f64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abjure import ArgumentError, DegenerateError, DeviceError, DTypeError, NonFiniteError, ShapeError
+from abjure.forget import losses
+from abjure.forget.logprobs import token_logprobs
+from abjure.forget.losses import SequenceLogprobs
+from abjure.integrations.torch import DEVICE_PATHS
+
+LOGITS = torch.tensor(
+    [
+        [[0, 1, 2, 3, 4], [1, -1, 0.5, 0, 2], [9, 9, 9, 9, 9]],
+        [[1000, 0, -1000, 5, 999], [-1e4, -1e4, -1e4, -1e4, 0], [0.1, 0.2, 0.3, 0.4, 0.5]],
+    ],
+    dtype=torch.float64,
+)
+LABELS = torch.tensor([[-100, 2, 4], [3, -100, 1]])
+
+
+def scores(s, n) -> SequenceLogprobs:
+    """Sequences with the given sums and counts, as leaves of the graph."""
+    total = torch.tensor(s, dtype=torch.float64, requires_grad=True)
+    count = torch.tensor(n, dtype=torch.float64)
+    return SequenceLogprobs(torch.zeros(len(s), 1), torch.ones(len(s), 1, dtype=torch.bool), total, count)
+
+
+def close(a, b, tolerance=1e-11):
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), rtol=tolerance, atol=1e-30
+    )
+
+
+def test_worked_log_probabilities():
+    got = token_logprobs(LOGITS, LABELS, shift=True)
+    close(got, [[-2.45191439594, -0.574437939628], [0, -10000]])
+    got = token_logprobs(LOGITS, LABELS)
+    close(got, [[0, -2.07443793963, -1.60943791243], [-995.313261687518, 0, -1.71941633148]])
+    seq = losses.sequence_logprobs(LOGITS, LABELS)
+    close(seq.sum, [-3.02635233557, -10000])
+    assert seq.count.tolist() == [2, 1]
+
+
+def test_worked_gradient():
+    z = LOGITS.clone().requires_grad_()
+    (token_logprobs(z, LABELS, shift=True) * torch.tensor([[1, 0.5], [2, -1]])).sum().backward()
+    close(z.grad[0, 0], [-0.011656230956, -0.0316849207961, 0.913871455564, -0.234121657253, -0.636408646559], 1e-10)
+    close(z.grad[0, 1], [-0.103561968064, -0.0140155882804, -0.0628135088108, -0.0380983189379, 0.218489384093], 1e-10)
+    close(z.grad[1, 1], [0, -1, 0, 0, 1])
+    assert not z.grad[0, 2].any()
+    assert not z.grad[1, 0].any()
+    assert not z.grad[1, 2].any()
+    assert z.grad.sum(-1).abs().max() < 1e-15
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(2, 5), st.sampled_from([1, 2, 63, 64, 65, 2047, 2049, 5000])),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    shift=st.booleans(),
+    seed=st.integers(0, 2**31),
+    strided=st.booleans(),
+)
+def test_values_and_gradients_against_autograd_in_f64(shape, dtype, shift, seed, strided):
+    g = torch.Generator().manual_seed(seed)
+    b, t, v = shape
+    full = (torch.randn((b, t + 1, v), generator=g) * 5).to(dtype)
+    z = (full[:, 1:] if strided else full[:, 1:].clone()).requires_grad_()
+    labels = torch.randint(0, v, (b, t), generator=g)
+    labels[torch.rand((b, t), generator=g) < 0.3] = -100
+    up = torch.randn((b, t - 1 if shift else t), generator=g, dtype=torch.float64)
+    got = token_logprobs(z, labels, shift=shift)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (grad,) = torch.autograd.grad((got * up).sum(), z)
+    wide = z.detach().double().requires_grad_()
+    want = DEVICE_PATHS["token_logprobs"](wide, labels, ignore_index=-100, shift=shift)
+    (want_grad,) = torch.autograd.grad((want * up).sum(), wide)
+    exact = dtype == torch.float64
+    torch.testing.assert_close(got.double(), want, rtol=1e-12 if exact else 1e-6, atol=1e-12 if exact else 2e-6)
+    # One rounding at the store; the log-sum-exp of f32 arithmetic moves every probability by a few 1e-7 of itself.
+    unit = {torch.float64: 1e-15, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    floor = {torch.float16: 2**-25}.get(dtype, 1e-30)
+    weight = torch.zeros(b, t, 1, dtype=torch.float64)
+    weight[:, : up.shape[1], 0] = up.abs()
+    p = torch.softmax(wide.detach(), -1)
+    bound = want_grad.abs() * unit + weight * p * (1e-13 if exact else 1e-6) + floor
+    assert ((grad.double() - want_grad).abs() <= bound).all()
+
+
+def test_numpy_and_read_only_arrays():
+    z = LOGITS.numpy().astype(np.float32)
+    z.flags.writeable = False
+    got = token_logprobs(z, LABELS.numpy())
+    assert isinstance(got, np.ndarray)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got[0], [0, -2.07443793963, -1.60943791243], rtol=1e-6)
+
+
+def test_same_bits_for_any_number_of_threads():
+    import abjure
+
+    z, labels = torch.randn(37, 3001), torch.randint(0, 3001, (37,))
+    before = abjure.get_num_threads()
+    found = []
+    for n in (1, 2, 5):
+        abjure.set_num_threads(n)
+        x = z.clone().requires_grad_()
+        lp = token_logprobs(x, labels)
+        lp.sum().backward()
+        found.append((lp.detach(), x.grad))
+    abjure.set_num_threads(before)
+    for lp, grad in found[1:]:
+        assert torch.equal(lp, found[0][0])
+        assert torch.equal(grad, found[0][1])
+
+
+def test_more_accurate_than_bf16_torch():
+    z = (torch.randn(64, 32000, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    y = torch.randint(0, 32000, (64,))
+    exact = torch.log_softmax(z.double(), -1)[torch.arange(64), y]
+    theirs = torch.log_softmax(z, -1)[torch.arange(64), y].double()
+    ours = token_logprobs(z, y).double()
+    assert (ours - exact).abs().max() < 2e-6
+    assert (ours - exact).abs().max() < 1e-3 * (theirs - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "error", "words"),
+    [
+        (torch.zeros(5), torch.zeros((), dtype=torch.long), ShapeError, "labels"),
+        (torch.zeros(2, 5), torch.zeros(3, dtype=torch.long), ShapeError, r"\(2,\)"),
+        (torch.zeros(2, 5), torch.tensor([0, 5]), ArgumentError, r"labels: expected token ids in \[0, 5\)"),
+        (torch.zeros(2, 5), torch.tensor([0, -1]), ArgumentError, "got -1"),
+        (torch.tensor([[0.0, math.nan]]), torch.tensor([0]), NonFiniteError, "logits"),
+        (torch.tensor([[0.0, math.inf]]), torch.tensor([0]), NonFiniteError, "logits"),
+        (torch.full((1, 2), -math.inf), torch.tensor([0]), NonFiniteError, "logits"),
+        (torch.zeros(2, 5, dtype=torch.int64), torch.tensor([0, 1]), DTypeError, "logits"),
+        (torch.zeros(2, 5), torch.tensor([0.5, 1]), DTypeError, "labels"),
+        (torch.zeros(2, 5, device="meta"), torch.tensor([0, 1]), DeviceError, "meta"),
+    ],
+)
+def test_bad_input(logits, labels, error, words):
+    with pytest.raises(error, match=words):
+        token_logprobs(logits, labels)
+
+
+S, REF, N = [-3, -40, -2000], [-2, -45, -10], [4, 10, 100]
+WIN, REF_WIN, N_WIN = [-5, -30, -1], [-6, -20, -1], [5, 60, 2]
+
+
+@pytest.mark.parametrize(
+    ("loss", "mean", "gradient"),
+    [
+        (
+            lambda f: losses.npo(f, REF, 0.1),
+            10.789824295025,
+            [0.316680541681, 0.414972887468, 2.50788052073e-87],
+        ),
+        (lambda f: losses.npo(f, REF, 1.0), 3.546651357338, [0.179294280913, 0.662204766050, 0]),
+        (
+            lambda f: losses.simnpo(f, 2.5),
+            0.0380587884013,
+            [0.0221607066996, 3.02652458016e-6, 1.28583323198e-24],
+        ),
+        (
+            lambda f: losses.simnpo(f, 0.7, 0.1),
+            0.528082560604,
+            [0.0646954384997, 0.00408174418799, 5.94547039228e-9],
+        ),
+        (
+            lambda f: losses.dpo(scores(WIN, N_WIN), f, REF_WIN, REF),
+            0.766517382455,
+            [0.0150055334229, 0.0272524825398, 1.25394026037e-88],
+        ),
+        (
+            lambda f: losses.idk_dpo(scores(WIN, N_WIN), f, REF_WIN, REF, preset="npo_repo"),
+            15.330347649096,
+            [0.300110668458, 0.545049650796, 2.50788052073e-87],
+        ),
+        (
+            lambda f: losses.redi(scores(WIN, N_WIN), f),
+            -5.933333333333,
+            [0.0666666666667, 0.0266666666667, 0.00266666666667],
+        ),
+        (lambda f: losses.ga(f), -2043 / 114, [1 / 114] * 3),
+        (lambda f: losses.grad_diff(f, scores([-6], [3]), 2.0, 0.5), -2 * 2043 / 114 + 0.5 * 2, [2 / 114] * 3),
+    ],
+    ids=["npo", "npo-1", "simnpo", "simnpo-margin", "dpo", "idk-dpo", "redi", "ga", "grad-diff"],
+)
+def test_worked_losses(loss, mean, gradient):
+    f = scores(S, N)
+    value = loss(f)
+    close(value.detach(), mean, 1e-11)
+    value.backward()
+    close(f.sum.grad, gradient, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("d", "beta", "value", "gradient"),
+    [
+        (800, 0.1, 1600, 2),
+        (-800, 0.1, 3.60970277569e-34, 3.60970277569e-35),
+        (800, 1, 1600, 2),
+        (0, 0.1, 13.8629436112, 1),
+    ],
+)
+def test_npo_stays_finite_at_the_extremes(d, beta, value, gradient):
+    f = scores([d - 900.0], [10])
+    loss = losses.npo(f, [-900.0], beta)
+    loss.backward()
+    close(loss.detach(), value, 1e-11)
+    close(f.sum.grad, [gradient], 1e-11)
+
+
+FLAT = {
+    "total_variation": (
+        [-0.259461274987, 0.0711253099286, 0.330752933518],
+        [-0.243458680574, -0.393223866483, -0.495033145424],
+        [0.480521491483, 0.317369794991, 0.210307176162],
+    ),
+    "jensen_shannon": (
+        [-0.247001617006, 0.190968671946, 0.570633026214],
+        [-0.289050497375, -0.377540668798, -0.475020812521],
+        [0.549833997312, 0.668187772168, 0.730861921274],
+    ),
+    "pearson": ([-0.69, 0.3225, 1.14850025], [-1, -1, -1], [1.1, 1.35, 1.4995]),
+    "kl": (
+        [-0.450671035883, 0.240818220682, 0.899000499833],
+        [-1, -1, -1],
+        [0.449328964117, 0.740818220682, 0.999000499833],
+    ),
+    "jeffrey": ([-0.6895, 0.3439375, 1.21081293744], [-1, -1, -1], [1.1075, 1.441875, 1.6866251875]),
+    "reverse_kl": (
+        [-0.393430340259, 0.306530659713, 0.903837418036],
+        [-0.406569659741, -0.606530659713, -0.904837418036],
+        [1, 1, 1],
+    ),
+    "squared_hellinger": (
+        [-0.372027582099, 0.620283367183, 1.62040232335],
+        [-0.406569659741, -0.606530659713, -0.904837418036],
+        [1.22140275816, 2.01375270747, 2.71556490532],
+    ),
+    "neyman": (
+        [-0.403105176331, 0.197154480275, 0.691169416293],
+        [-0.406569659741, -0.606530659713, -0.904837418036],
+        [0.904837418036, 0.704688089719, 0.606834000871],
+    ),
+}
+
+
+@pytest.mark.parametrize("divergence", FLAT)
+def test_flat_values_and_slopes(divergence):
+    value, slope_e, slope_f = FLAT[divergence]
+    p_e = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    p_f = torch.tensor([0.2, 0.7, 0.999], dtype=torch.float64, requires_grad=True)
+
+    def one_token(p):
+        return SequenceLogprobs.from_tokens(p.log()[:, None], torch.ones(3, 1, dtype=torch.bool))
+
+    for i in range(3):
+        e, f = one_token(p_e[i : i + 1].expand(3)), one_token(p_f[i : i + 1].expand(3))
+        loss = losses.flat(e, f, divergence)
+        close(loss.detach(), value[i], 1e-11)
+        ge, gf = torch.autograd.grad(loss, (p_e, p_f))
+        close(ge[i], slope_e[i], 1e-10)
+        close(gf[i], slope_f[i], 1e-10)
+        assert ge[i] < 0 < gf[i], "the template must be pushed up and the forget answer down"
+
+
+def test_flat_through_tokens():
+    e = torch.tensor([[-0.1, -0.2, -3.0]], dtype=torch.float64, requires_grad=True)
+    f = torch.tensor([[-0.5, -10000.0, -0.01, -2.0]], dtype=torch.float64, requires_grad=True)
+    se, sf = (SequenceLogprobs.from_tokens(t, torch.ones_like(t, dtype=torch.bool)) for t in (e, f))
+    loss = losses.flat(se, sf)
+    close(loss.detach(), -0.0614458295777, 1e-11)
+    loss.backward()
+    close(e.grad[0], [-0.108332871595, -0.0980236358221, -0.00596082343309], 1e-10)
+    close(f.grad[0], [0.0632075275049, 0, 0.10317467237, 0.0141035057348], 1e-10)
+
+
+def test_kl_retain_worked_and_masked():
+    p_ref = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log()[None, None]
+    z = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log()[None, None].requires_grad_()
+    loss = losses.kl_retain(z, p_ref, torch.tensor([[1]]), shift=False)
+    close(loss.detach(), 0.099272782185, 1e-10)
+    loss.backward()
+    close(z.grad[0, 0], [-0.2, 0.05, 0.15], 1e-10)
+    two = torch.cat([p_ref, p_ref + torch.tensor([3.0, 0, 0])], 1)
+    model = torch.cat([z.detach(), z.detach()], 1)
+    masked = losses.kl_retain(model, two, torch.tensor([[1, -100]]), shift=False)
+    close(masked, 0.099272782185, 1e-10)
+    assert losses.kl_retain(model, two, torch.tensor([[1, -100]]), mask="all") > masked
+
+
+def test_rmu_worked():
+    h = torch.tensor([[[1.0, 2, 0, -1]], [[0, 0, 3, 1]]], dtype=torch.float64)
+    target = torch.full((4,), 3.25, dtype=torch.float64)
+    close(losses.rmu(h, target, torch.ones(2, 1, dtype=torch.bool)), 7.6875)
+
+
+def test_empty_sequences_are_left_out_and_infinite_masked_tokens_do_not_poison():
+    token = torch.tensor([[-1.0, -math.inf], [-math.inf, -math.inf]], dtype=torch.float64)
+    mask = torch.tensor([[True, False], [False, False]])
+    seq = SequenceLogprobs.from_tokens(token, mask)
+    assert seq.count.tolist() == [1, 0]
+    full = losses.npo(seq, [0.0, 0.0])
+    alone = losses.npo(SequenceLogprobs.from_tokens(token[:1], mask[:1]), [0.0])
+    assert torch.equal(full, alone)
+    empty = SequenceLogprobs.from_tokens(token, torch.zeros_like(mask))
+    for loss in (losses.ga, losses.simnpo, lambda s: losses.npo(s, [0.0, 0.0]), lambda s: losses.flat(s, s)):
+        with pytest.raises(DegenerateError, match="counted token"):
+            loss(empty)
+
+
+def test_losses_refuse_bad_arguments():
+    f = scores(S, N)
+    for bad in (0, -1, math.nan):
+        with pytest.raises(ArgumentError, match="beta"):
+            losses.npo(f, REF, bad)
+    with pytest.raises(ShapeError, match="ref"):
+        losses.npo(f, REF[:2])
+    with pytest.raises(ArgumentError, match="divergence"):
+        losses.flat(f, f, "hellinger")
+    with pytest.raises(ArgumentError, match="preset"):
+        losses.dpo(f, f, REF, REF, preset="tofu")
+    with pytest.raises(ArgumentError, match="policy"):
+        losses.ga(3.0)
+
+
+@pytest.mark.parametrize("name", ["ga", "npo", "simnpo", "flat", "redi", "dpo"])
+def test_from_logits_each_loss_equals_plain_torch_in_value_and_gradient(name):
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn((3, 6, 50), generator=g, dtype=torch.float64) * 3
+    labels = torch.randint(0, 50, (3, 6), generator=g)
+    labels[0, :3] = -100
+    other = torch.randn((3, 6, 50), generator=g, dtype=torch.float64)
+    ref = torch.tensor([-20.0, -11, -30], dtype=torch.float64)
+
+    def run(make, z):
+        f, w = make(z), make(other)
+        return {
+            "ga": lambda: losses.ga(f),
+            "npo": lambda: losses.npo(f, ref),
+            "simnpo": lambda: losses.simnpo(f),
+            "flat": lambda: losses.flat(w, f),
+            "redi": lambda: losses.redi(w, f),
+            "dpo": lambda: losses.dpo(w, f, ref, ref),
+        }[name]()
+
+    def plain(z):
+        token = torch.log_softmax(z[:, :-1], -1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+        return SequenceLogprobs.from_tokens(token, labels[:, 1:] != -100)
+
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    ours, theirs = run(lambda q: losses.sequence_logprobs(q, labels), a), run(plain, b)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
