@@ -20,8 +20,6 @@ DEVICE_PATHS: dict[str, Callable[..., Any]] = {}
 
 
 def _token_logprobs(logits: Any, labels: Any, *, ignore_index: int, shift: bool) -> Any:
-    import torch
-
     labels = labels.to(logits.device)
     if shift:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
@@ -41,7 +39,6 @@ DEVICE_PATHS["token_logprobs"] = _token_logprobs
 def _edit_operands(plan: Any, x: Any) -> tuple[Any, Any, Any, Any]:
     """left, right, origin coefficients and shift of an edit, as tensors beside ``x``; kept for the next call."""
     import numpy as np
-    import torch
 
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     key = (x.device, accumulate)
@@ -66,8 +63,6 @@ def edit_coefficients(x: Any, plan: Any) -> Any:
 
 def edit(x: Any, plan: Any) -> Any:
     """Torch form of ``Edit.apply``; autograd goes through it."""
-    import torch
-
     left, right, _, shift = _edit_operands(plan, x)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(accumulate)
@@ -89,8 +84,6 @@ def edit_(x: Any, plan: Any) -> Any:
 
 def differentiable_edit(x: Any, plan: Any) -> Any:
     """The kernel's result with a gradient: the adjoint of the edit swaps its left and right vectors."""
-    import torch
-
     if plan.preserve_norm:
         return edit(x, plan)
 
@@ -112,8 +105,6 @@ def differentiable_edit(x: Any, plan: Any) -> Any:
 
 def orthogonalize_(weight: Any, basis: Any, axis: int, scale: float, norm_preserving: str | None) -> Any:
     """Torch form of ``abjure.refuse.orthogonalize_``, after its checks; ``basis`` is orthonormal, float64 NumPy."""
-    import torch
-
     from ..errors import NonFiniteError
     from ..refuse.weights import WeightReport
 
@@ -166,8 +157,6 @@ class _TorchPatch:
 
 
 def _expect_importances(forget: Any, retain: Any, shape: Any, device: Any) -> None:
-    import torch
-
     for arg, x in (("forget", forget), ("retain", retain)):
         if not isinstance(x, torch.Tensor) or x.device != device:
             raise DeviceError(f"{arg}: expected a tensor on {device}, got {getattr(x, 'device', type(x).__name__)}")
@@ -206,8 +195,6 @@ def _dampen_array_(
     record: bool = False,
     dry_run: bool = False,
 ) -> tuple[tuple[int, int, int], _TorchPatch | None]:
-    import torch
-
     _expect_numbers(
         {"alpha": alpha, "lam": lam, "exponent": exponent, "max_factor": max_factor, "min_factor": min_factor}
     )
@@ -238,8 +225,6 @@ def _dampen_array_(
 
 
 def _fisher_accumulate(sums: Any, grad: Any, weight: float, *, check_only: bool = False) -> None:
-    import torch
-
     if not isinstance(sums, torch.Tensor) or sums.device != grad.device:
         raise DeviceError(f"grad: expected a gradient on {getattr(sums, 'device', 'the CPU')}, got {grad.device}")
     stack = grad.detach().reshape(-1, *sums.shape)
@@ -253,8 +238,6 @@ def _fisher_accumulate(sums: Any, grad: Any, weight: float, *, check_only: bool 
 
 
 def _fisher_combine(sums: Any, other: Any, subtract: bool, *, check_only: bool = False) -> None:
-    import torch
-
     if not isinstance(other, torch.Tensor) or other.device != sums.device:
         raise DeviceError(f"other: expected sums on {sums.device}, got {getattr(other, 'device', 'the CPU')}")
     total = sums.double() + (-1.0 if subtract else 1.0) * other.double()
@@ -271,14 +254,26 @@ def _fisher_combine(sums: Any, other: Any, subtract: bool, *, check_only: bool =
 def _selection_curve(
     forget: Any, retain: Any, alphas: list[float], forget_count: float, retain_count: float
 ) -> list[int]:
-    import torch
-
     for alpha in alphas:
         _expect_numbers({"alpha": alpha})
     _expect_importances(forget, retain, forget.shape, forget.device)
     f = forget / torch.tensor(forget_count, dtype=forget.dtype, device=forget.device)
     d = retain / torch.tensor(retain_count, dtype=forget.dtype, device=forget.device)
     return [int((f > alpha * d).sum()) for alpha in alphas]
+
+
+DEVICE_PATHS.update(
+    {
+        "edit": edit,
+        "edit_": edit_,
+        "edit_coefficients": edit_coefficients,
+        "orthogonalize_": orthogonalize_,
+        "dampen_array_": _dampen_array_,
+        "fisher_accumulate": _fisher_accumulate,
+        "fisher_combine": _fisher_combine,
+        "selection_curve": _selection_curve,
+    }
+)
 
 
 # decoding
@@ -500,14 +495,6 @@ def _gate_(scores: Any, positions: Any, gate: Any) -> Any:
 
 DEVICE_PATHS.update(
     {
-        "edit": edit,
-        "edit_": edit_,
-        "edit_coefficients": edit_coefficients,
-        "orthogonalize_": orthogonalize_,
-        "dampen_array_": _dampen_array_,
-        "fisher_accumulate": _fisher_accumulate,
-        "fisher_combine": _fisher_combine,
-        "selection_curve": _selection_curve,
         "bias_": _bias_,
         "force_": _force_,
         "forbid_": _forbid_,
