@@ -179,10 +179,10 @@ def integers(x: Any, arg: str, dtype: Any = np.int64) -> np.ndarray[Any, Any]:
         x = x.detach().numpy() if not x.is_floating_point() else x.detach().double().numpy()
     values = np.asarray(x)
     if values.size == 0:
-        return np.ascontiguousarray(values, dtype=dtype)
+        return np.asarray(values, dtype=dtype, order="C")
     if values.dtype.kind not in "iub" and not (values.dtype.kind == "f" and bool(np.all(values == np.rint(values)))):
         raise DTypeError(f"{arg}: expected whole numbers, got dtype {values.dtype}")
     info = np.iinfo(dtype)
     if values.dtype.kind != "b" and (values.max() > info.max or values.min() < info.min):
         raise DTypeError(f"{arg}: expected numbers that fit {np.dtype(dtype)}")
-    return np.ascontiguousarray(values, dtype=dtype)
+    return np.asarray(values, dtype=dtype, order="C")

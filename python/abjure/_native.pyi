@@ -23,6 +23,34 @@ def token_logprobs_backward(
     logits: Any, labels: Any, lse: Any, upstream: Any, grad: Any, ignore_index: int
 ) -> None: ...
 
+class Patch:
+    @property
+    def nbytes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def restore(self, weights: Any) -> None: ...
+
+def dampen(
+    weights: Any,
+    forget: Any,
+    retain: Any,
+    alpha: float,
+    lam: float,
+    exponent: float,
+    max_factor: float,
+    min_factor: float,
+    forget_count: float,
+    retain_count: float,
+    record: bool,
+    dry_run: bool,
+) -> tuple[tuple[int, int, int], Patch | None]: ...
+def check_importances(forget: Any, retain: Any) -> None: ...
+def selection_curve(
+    forget: Any, retain: Any, alphas: list[float], forget_count: float, retain_count: float
+) -> list[int]: ...
+def fisher_check(sum: Any, grad: Any, weight: float) -> None: ...
+def fisher_accumulate(sum: Any, grad: Any, weight: float, checked: bool = False) -> None: ...
+def fisher_combine(sum: Any, other: Any, subtract: bool, check_only: bool = False) -> None: ...
+
 # directions
 
 _F64 = npt.NDArray[np.float64]
@@ -68,5 +96,82 @@ class Moments:
     def copy(self) -> Moments: ...
 
 # decoding
+def bias_(logits: Any, ids: Any, bias: Any, indptr: Any = None) -> None: ...
+def force_(logits: Any, ids: Any) -> None: ...
+def row_lse(logits: Any, temperature: float = 1.0) -> Any: ...
+def row_margin(logits: Any, groups: list[list[int]], temperature: float = 1.0) -> Any: ...
+def row_max_gap(logits: Any, groups: list[list[int]]) -> Any: ...
+
+class RefusalGate:
+    def __init__(
+        self,
+        categories: list[list[int]],
+        bias: list[float],
+        thresholds: list[float | None],
+        rule: str,
+        on_no_fire: int | str,
+        temperature: float,
+    ) -> None: ...
+    def apply_(self, logits: Any, positions: Any) -> Any: ...
+
+class PhraseAutomaton:
+    def __init__(
+        self,
+        ids: Any,
+        lengths: Any,
+        vocab_size: int | None,
+        max_length: int,
+        penalty: tuple[float, float] | None = None,
+    ) -> None: ...
+    @property
+    def reach(self) -> int: ...
+    @property
+    def phrases(self) -> int: ...
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def edits(self, context: Any, begin: Any) -> tuple[Any, Any, Any]: ...
+    def apply_(self, logits: Any, context: Any, begin: Any, dead_end: int | None = None) -> None: ...
 
 # protect
+def published_error(
+    x: Any,
+    y: Any,
+    classes: int,
+    options: dict[str, Any],
+    gradient: bool,
+    posterior: bool,
+    block: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]: ...
+def cross_error(
+    x: Any,
+    y: Any,
+    classes: int,
+    queries: Any,
+    query_y: Any,
+    query_rows: Any,
+    options: dict[str, Any],
+    centre_gradient: str,
+    query_gradient: bool,
+    posterior: bool,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]: ...
+def find_bandwidth(
+    x: Any,
+    y: Any,
+    classes: int,
+    rule: str,
+    perplexity: float,
+    progress: Callable[[int], object] | None = None,
+) -> float: ...
+def ascend(
+    x: Any,
+    y: Any,
+    classes: int,
+    out: Any,
+    options: dict[str, Any],
+    plan: dict[str, Any],
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[float], list[tuple[int, float]], int]: ...

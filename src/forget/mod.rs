@@ -1,2 +1,5 @@
-//! Unlearning: Fisher importance and dampening.
+//! Unlearning: Fisher importance, dampening, and the log-probabilities that unlearning losses are made of.
+
+pub mod dampen;
+pub mod fisher;
 pub mod logprobs;

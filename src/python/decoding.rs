@@ -1,7 +1,297 @@
 //! Bindings of the decoding kernels.
 
+use super::array::Array;
+use crate::refuse::decoding::{
+    Automaton, Contexts, Edits, Gate, GateOptions, Groups, LOGITS, NoFire, Penalty, Position, Rule,
+    bias, force, margins, max_gaps, row_lse,
+};
+use crate::{Error, Result, with_dtype};
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-pub fn register(_m: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
+type Ids<'py> = PyReadonlyArray1<'py, i64>;
+type Values<'py> = PyReadonlyArray1<'py, f64>;
+
+fn slice<'a, T: numpy::Element>(
+    a: &'a PyReadonlyArray1<'_, T>,
+    arg: &'static str,
+) -> Result<&'a [T]> {
+    a.as_slice()
+        .map_err(|_| Error::layout(arg, "the array must be C-contiguous"))
+}
+
+/// The logits, which must have the two axes (batch, vocabulary).
+fn batch<'py>(logits: &Bound<'py, PyAny>) -> PyResult<Array<'py>> {
+    let a = Array::extract(logits, LOGITS)?;
+    if a.shape().len() != 2 {
+        let found = format!("{:?}", a.shape());
+        return Err(Error::shape(LOGITS, "shape (batch, vocabulary)", found).into());
+    }
+    Ok(a)
+}
+
+/// Adds `bias` at `ids`, per row between `indptr` or alike in all rows.
+#[pyfunction]
+#[pyo3(signature = (logits, ids, bias, indptr=None))]
+fn bias_(
+    py: Python<'_>,
+    logits: &Bound<'_, PyAny>,
+    ids: Ids<'_>,
+    bias: Values<'_>,
+    indptr: Option<Ids<'_>>,
+) -> PyResult<()> {
+    let mut logits = batch(logits)?;
+    let (rows, width) = (logits.shape()[0], logits.shape()[1]);
+    let indptr = indptr.as_ref().map(|p| slice(p, "indptr")).transpose()?;
+    let edits = Edits::sum(
+        indptr,
+        slice(&ids, "ids")?,
+        slice(&bias, "bias")?,
+        rows,
+        width,
+    )?;
+    with_dtype!(logits.dtype(), T => {
+        let rows = logits.rows_mut::<T>()?;
+        Ok(py.detach(|| self::bias(rows, &edits))?)
+    })
+}
+
+/// Leaves one id per row (none where negative).
+#[pyfunction]
+fn force_(py: Python<'_>, logits: &Bound<'_, PyAny>, ids: Ids<'_>) -> PyResult<()> {
+    let mut logits = batch(logits)?;
+    let ids = slice(&ids, "ids")?;
+    with_dtype!(logits.dtype(), T => {
+        let rows = logits.rows_mut::<T>()?;
+        Ok(py.detach(|| force(rows, ids))?)
+    })
+}
+
+/// Log-sum-exp of each row.
+#[pyfunction]
+#[pyo3(name = "row_lse", signature = (logits, temperature=1.0))]
+fn lse<'py>(
+    py: Python<'py>,
+    logits: &Bound<'py, PyAny>,
+    temperature: f64,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let logits = batch(logits)?;
+    with_dtype!(logits.dtype(), T => {
+        let rows = logits.rows::<T>()?;
+        Ok(py.detach(|| row_lse(&rows, temperature))?.into_pyarray(py))
+    })
+}
+
+/// Margins of groups of ids, rows × groups.
+#[pyfunction]
+#[pyo3(signature = (logits, groups, temperature=1.0))]
+fn row_margin<'py>(
+    py: Python<'py>,
+    logits: &Bound<'py, PyAny>,
+    groups: Vec<Vec<i64>>,
+    temperature: f64,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let logits = batch(logits)?;
+    let groups = Groups::new("groups", &groups)?;
+    with_dtype!(logits.dtype(), T => {
+        let rows = logits.rows::<T>()?;
+        Ok(py.detach(|| margins(&rows, &groups, temperature))?.into_pyarray(py))
+    })
+}
+
+/// Gaps of groups of ids, rows × groups.
+#[pyfunction]
+fn row_max_gap<'py>(
+    py: Python<'py>,
+    logits: &Bound<'py, PyAny>,
+    groups: Vec<Vec<i64>>,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let logits = batch(logits)?;
+    let groups = Groups::new("groups", &groups)?;
+    with_dtype!(logits.dtype(), T => {
+        let rows = logits.rows::<T>()?;
+        Ok(py.detach(|| max_gaps(&rows, &groups))?.into_pyarray(py))
+    })
+}
+
+fn rule(name: &str) -> Result<Rule> {
+    match name {
+        "ratio" => Ok(Rule::Ratio),
+        "argmax_then_threshold" => Ok(Rule::ArgmaxThenThreshold),
+        "mass" => Ok(Rule::Mass),
+        _ => Err(Error::value(
+            "rule",
+            "\"ratio\", \"argmax_then_threshold\" or \"mass\"",
+            format!("{name:?}"),
+        )),
+    }
+}
+
+/// What a row does that does not refuse: "keep", "free" or a token id.
+fn no_fire(value: &Bound<'_, PyAny>) -> PyResult<NoFire> {
+    let wrong = || Error::value("on_no_fire", "\"keep\", \"free\" or a token id", value);
+    if let Ok(name) = value.extract::<String>() {
+        return match name.as_str() {
+            "keep" => Ok(NoFire::Keep),
+            "free" => Ok(NoFire::Free),
+            _ => Err(wrong().into()),
+        };
+    }
+    let id: i64 = value.extract().map_err(|_| wrong())?;
+    Ok(NoFire::Respond(u32::try_from(id).map_err(|_| wrong())?))
+}
+
+/// Refusal categories, their biases and thresholds, checked once.
+#[pyclass(frozen, module = "abjure._native")]
+struct RefusalGate(Gate);
+
+#[pymethods]
+impl RefusalGate {
+    #[new]
+    fn new(
+        categories: Vec<Vec<i64>>,
+        bias: Vec<f64>,
+        thresholds: Vec<Option<f64>>,
+        rule: &str,
+        on_no_fire: &Bound<'_, PyAny>,
+        temperature: f64,
+    ) -> PyResult<Self> {
+        let options = GateOptions {
+            bias,
+            thresholds,
+            rule: self::rule(rule)?,
+            no_fire: no_fire(on_no_fire)?,
+            temperature,
+        };
+        Ok(Self(Gate::new(&categories, options)?))
+    }
+
+    /// Decides and writes; `positions` per row 0 (nothing), 1 (the gate) or 2 (mask). Returns the verdicts.
+    fn apply_<'py>(
+        &self,
+        py: Python<'py>,
+        logits: &Bound<'py, PyAny>,
+        positions: Ids<'py>,
+    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        let mut logits = batch(logits)?;
+        let positions = slice(&positions, "positions")?;
+        let positions: Vec<Position> = positions.iter().map(|p| position(*p)).collect();
+        with_dtype!(logits.dtype(), T => {
+            let rows = logits.rows_mut::<T>()?;
+            Ok(py.detach(|| self.0.apply(rows, &positions))?.into_pyarray(py))
+        })
+    }
+}
+
+fn position(code: i64) -> Position {
+    match code {
+        1 => Position::Gate,
+        2 => Position::Mask,
+        _ => Position::Elsewhere,
+    }
+}
+
+/// Forbidden phrases, ready to be matched.
+#[pyclass(frozen, module = "abjure._native")]
+struct PhraseAutomaton(Automaton);
+
+type Csr<'py> = (
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<f64>>,
+);
+
+#[pymethods]
+impl PhraseAutomaton {
+    #[new]
+    #[pyo3(signature = (ids, lengths, vocab_size, max_length, penalty=None))]
+    fn new(
+        py: Python<'_>,
+        ids: Ids<'_>,
+        lengths: Ids<'_>,
+        vocab_size: Option<usize>,
+        max_length: usize,
+        penalty: Option<(f64, f64)>,
+    ) -> PyResult<Self> {
+        let mut rest = slice(&ids, "phrases")?;
+        let mut phrases = Vec::with_capacity(lengths.len()?);
+        for n in slice(&lengths, "phrases")? {
+            let n = usize::try_from(*n).unwrap_or(0).min(rest.len());
+            let (phrase, after) = rest.split_at(n);
+            phrases.push(phrase);
+            rest = after;
+        }
+        let penalty = penalty.map(|(strength, exponent)| Penalty { strength, exponent });
+        let built = py.detach(|| Automaton::new(&phrases, vocab_size, max_length, penalty));
+        Ok(Self(built?))
+    }
+
+    #[getter]
+    fn reach(&self) -> usize {
+        self.0.reach()
+    }
+
+    #[getter]
+    fn phrases(&self) -> usize {
+        self.0.phrases()
+    }
+
+    #[getter]
+    fn nodes(&self) -> usize {
+        self.0.nodes()
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    /// What each row's context writes: row offsets, ids, values. `context` holds `begin.len()` rows.
+    fn edits<'py>(
+        &self,
+        py: Python<'py>,
+        context: Ids<'py>,
+        begin: Ids<'py>,
+    ) -> PyResult<Csr<'py>> {
+        let contexts = contexts(&context, &begin)?;
+        let (indptr, ids, values) = py.detach(|| self.0.edits(&contexts))?;
+        Ok((
+            indptr.into_pyarray(py),
+            ids.into_pyarray(py),
+            values.into_pyarray(py),
+        ))
+    }
+
+    /// Writes what each row's context says; a row without a token left is forced to `dead_end`.
+    #[pyo3(signature = (logits, context, begin, dead_end=None))]
+    fn apply_(
+        &self,
+        py: Python<'_>,
+        logits: &Bound<'_, PyAny>,
+        context: Ids<'_>,
+        begin: Ids<'_>,
+        dead_end: Option<u32>,
+    ) -> PyResult<()> {
+        let mut logits = batch(logits)?;
+        let contexts = contexts(&context, &begin)?;
+        with_dtype!(logits.dtype(), T => {
+            let rows = logits.rows_mut::<T>()?;
+            Ok(py.detach(|| self.0.apply(rows, &contexts, dead_end))?)
+        })
+    }
+}
+
+fn contexts<'a>(context: &'a Ids<'_>, begin: &'a Ids<'_>) -> Result<Contexts<'a>> {
+    let (ids, begin) = (slice(context, "input_ids")?, slice(begin, "begin")?);
+    Contexts::new(ids, ids.len().checked_div(begin.len()).unwrap_or(0), begin)
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(bias_, m)?)?;
+    m.add_function(wrap_pyfunction!(force_, m)?)?;
+    m.add_function(wrap_pyfunction!(lse, m)?)?;
+    m.add_function(wrap_pyfunction!(row_margin, m)?)?;
+    m.add_function(wrap_pyfunction!(row_max_gap, m)?)?;
+    m.add_class::<RefusalGate>()?;
+    m.add_class::<PhraseAutomaton>()
 }

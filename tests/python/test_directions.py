@@ -326,3 +326,38 @@ def test_bad_arguments():
     frozen.flags.writeable = False
     with pytest.raises(abjure.LayoutError, match="read-only"):
         refuse.ablate_(frozen, D)
+
+
+def test_other_devices_take_the_torch_forms(monkeypatch):
+    """What a CUDA tensor goes through, on the CPU: the same calls give the same numbers."""
+    import abjure.refuse.directions as module
+    import abjure.refuse.weights as weights
+
+    x, q = torch.randn(5, 7, 24), np.random.default_rng(0).standard_normal((2, 24))
+
+    def everything():
+        weight = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+        report = refuse.orthogonalize_(weight, q, 0, norm_preserving="in")
+        return [
+            refuse.project(x, q),
+            refuse.project(x, q[0]),
+            refuse.ablate(x, q),
+            refuse.ablate_(x.clone(), q, scale=0.5, preserve_norm=True),
+            refuse.steer_(x.clone(), q[0], 2.0),
+            refuse.affine_ablate_(x.clone(), q, q[1], shift=q[0]),
+            weight,
+            torch.tensor([report.residual_before]),
+        ]
+
+    ours, called = everything(), []
+
+    def device_path(tensor, kernel):
+        called.append(kernel)
+        return torch_forms.DEVICE_PATHS[kernel]
+
+    monkeypatch.setattr(module, "device_path", device_path)
+    monkeypatch.setattr(weights, "device_path", device_path)
+    theirs = everything()
+    assert set(called) == {"edit", "edit_", "edit_coefficients", "orthogonalize_"}
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)

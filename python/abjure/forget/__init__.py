@@ -1,1 +1,57 @@
-"""Unlearn a subset or a class of the training data."""
+"""Unlearn a subset or a class of the training data.
+
+Importance of every parameter for the forget set and for the rest (:class:`Fisher`, :func:`importance`), and Selective
+Synaptic Dampening by it (:func:`dampen_`, :func:`dampen_array_`, :func:`selection_curve`). For language models, fused
+:func:`token_logprobs` and the unlearning losses on them.
+"""
+
+from __future__ import annotations
+
+from .dampen import DampenReport, Selection, SelectionCurve, dampen_, dampen_array_, selection_curve
+from .estimate import importance
+from .fisher import Fisher
+from .logprobs import token_logprobs
+from .losses import (
+    DIVERGENCES,
+    SequenceLogprobs,
+    dpo,
+    flat,
+    ga,
+    grad_diff,
+    idk_dpo,
+    kl_retain,
+    nll,
+    npo,
+    prompt_decouple,
+    redi,
+    rmu,
+    sequence_logprobs,
+    simnpo,
+)
+
+__all__ = [
+    "DIVERGENCES",
+    "DampenReport",
+    "Fisher",
+    "Selection",
+    "SelectionCurve",
+    "SequenceLogprobs",
+    "dampen_",
+    "dampen_array_",
+    "dpo",
+    "flat",
+    "ga",
+    "grad_diff",
+    "idk_dpo",
+    "importance",
+    "kl_retain",
+    "nll",
+    "npo",
+    "prompt_decouple",
+    "redi",
+    "rmu",
+    "selection_curve",
+    "sequence_logprobs",
+    "simnpo",
+    "token_logprobs",
+]

@@ -1,5 +1,8 @@
 """Find, watch, remove, add or gate refusal in a language model."""
 
+from __future__ import annotations
+
+from .calibrate import Threshold, calibrate_bias, calibrate_threshold
 from .contrast import Contrast, Eraser
 from .directions import (
     Direction,
@@ -11,23 +14,50 @@ from .directions import (
     steer_,
 )
 from .hooks import Recording, ablating, decoder_blocks, recording, steering
+from .phrases import ForbiddenPhrases
+from .tokens import (
+    RefusalTokens,
+    bias_,
+    bias_for_probability,
+    bias_to_threshold,
+    force_,
+    logit,
+    row_lse,
+    row_margin,
+    row_max_gap,
+    threshold_to_bias,
+)
 from .weights import WeightReport, orthogonalize_
 
 __all__ = [
     "Contrast",
     "Direction",
     "Eraser",
+    "ForbiddenPhrases",
     "Recording",
+    "RefusalTokens",
+    "Threshold",
     "WeightReport",
     "ablate",
     "ablate_",
     "ablating",
     "affine_ablate_",
+    "bias_",
+    "bias_for_probability",
+    "bias_to_threshold",
+    "calibrate_bias",
+    "calibrate_threshold",
     "decoder_blocks",
+    "force_",
+    "logit",
     "orthogonalize_",
     "orthonormal_basis",
     "project",
     "recording",
+    "row_lse",
+    "row_margin",
+    "row_max_gap",
     "steer_",
     "steering",
+    "threshold_to_bias",
 ]

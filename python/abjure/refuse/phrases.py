@@ -1,0 +1,208 @@
+"""Phrases that must not be generated: a token automaton whose cost per step is what matches, not how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import _native
+from .._interop import device_path, integers, target
+from ..errors import ArgumentError, DTypeError, ShapeError
+from ._position import Prompt, columns, token_ids
+from .tokens import expect_context
+
+
+def _encodings(tokenizer: Any, text: str, variants: bool) -> list[list[int]]:
+    """The ways ``text`` may be spelt in tokens: with and without a leading space, as written, in lower case, in upper
+    case and with a capital."""
+    texts = [text]
+    if variants:
+        forms = (text, text.lower(), text.upper(), text[:1].upper() + text[1:])
+        texts = list(dict.fromkeys(lead + form.lstrip() for lead in ("", " ") for form in forms))
+    found = [tuple(int(i) for i in tokenizer.encode(t, add_special_tokens=False)) for t in texts]
+    return [list(ids) for ids in dict.fromkeys(found)]
+
+
+def _from_texts(phrases: Sequence[str], tokenizer: Any, variants: bool) -> list[list[int]]:
+    blank = [i for i, text in enumerate(phrases) if not text.strip()]
+    if blank:
+        raise ArgumentError(f"phrases: expected text in each phrase, got none at indices {blank[:8]}")
+    if len(set(phrases)) != len(phrases):
+        twice = [i for i, text in enumerate(phrases) if text in phrases[:i]]
+        raise ArgumentError(f"phrases: expected each phrase once, got repeats at indices {twice[:8]}")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    found: dict[tuple[int, ...], None] = {}
+    for i, text in enumerate(phrases):
+        encodings = [tuple(ids) for ids in _encodings(tokenizer, text, variants) if ids and unknown not in ids]
+        if not encodings:
+            raise ArgumentError(f"phrases: expected text the tokenizer knows, got {text!r} at index {i}")
+        found.update(dict.fromkeys(encodings))
+    return [list(ids) for ids in found]
+
+
+def _flat(phrases: Sequence[Sequence[int]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    for i, phrase in enumerate(phrases):
+        if isinstance(phrase, (str, bytes)) or not hasattr(phrase, "__len__"):
+            raise DTypeError(f"phrases: expected lists of token ids, got {phrase!r:.80} at index {i}")
+    lengths = np.fromiter((len(p) for p in phrases), dtype=np.int64, count=len(phrases))
+    return integers(np.array(list(chain.from_iterable(phrases))), "phrases"), lengths
+
+
+class ForbiddenPhrases:
+    """Logits processor that keeps phrases from being generated.
+
+    Called as ``processor(input_ids, scores)`` it writes into ``scores`` and returns it: -inf for every token that would
+    complete a phrase and, with ``mode="prefix"``, a penalty ``-penalty * (m / L) ** gamma`` for every token that would
+    extend a phrase of L tokens of which the context ends with m (of several penalties for a token the strongest counts;
+    the first token of a phrase is not taxed, or every sentence with that word would be).
+
+    Phrases are an Aho-Corasick automaton over token ids. Its state is recomputed in every row at every step from the
+    last ``longest - 1`` tokens of the context, so beams may be permuted and rows may join and leave. A step costs what
+    matches: the work does not grow with the vocabulary, nor with the number of phrases but for those of one token,
+    which are one write per row each. Other entries of ``scores`` are not read.
+
+    Exact id sequences are matched. Text that can be spelt in other tokens than those given passes: with ``tokenizer``,
+    each phrase is encoded with and without a leading space, as written, in lower and upper case and with a capital.
+
+    Args:
+        phrases: lists of token ids, or texts with ``tokenizer``.
+        vocab_size: vocabulary, to check ids and scores against; None: ids are checked against the first scores.
+        tokenizer: anything with ``encode(text, add_special_tokens=False)``; required for texts.
+        variants: whether texts are encoded in all the ways above or only as written.
+        mode: ``"hard"`` or ``"prefix"``.
+        penalty: in logits (or log-probabilities under beam search), 0 or more; with ``mode="prefix"``.
+        gamma: exponent of the matched share, 0 or more.
+        scope: ``"output"`` matches in the response only, ``"all"`` across its border with the prompt too
+            (as transformers' ``NoBadWordsLogitsProcessor``).
+        prompt_length: tokens before the response, for all rows or each; None: found from the calls, see :meth:`reset`.
+        pad_token_id: with ``scope="all"``, leading tokens of this id are left padding and never matched.
+        eos_token_id: id or ids that end a response; a phrase that is just one of them is refused.
+        dead_end: a row without a token left: ``"raise"``, or ``"eos"`` to end it with the (first) ``eos_token_id``.
+        max_length: longest phrase accepted, in tokens.
+
+    Raises:
+        ArgumentError: no phrases; phrases that are empty, duplicate, too long or hold an id outside the vocabulary,
+            with their indices; a negative penalty; an unknown option.
+        DTypeError: phrases that are not lists of whole numbers, texts without a tokenizer.
+
+    Source: Aho and Corasick, 1975; the penalty as used for generation-time unlearning (arXiv 2505.13312) is our form.
+    """
+
+    #: transformers: continuous batching shows a processor the last token only, so that no phrase could be matched.
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        phrases: Iterable[Sequence[int]] | Iterable[str],
+        vocab_size: int | None = None,
+        *,
+        tokenizer: Any = None,
+        variants: bool = True,
+        mode: Literal["hard", "prefix"] = "hard",
+        penalty: float | None = None,
+        gamma: float = 1.0,
+        scope: Literal["output", "all"] = "output",
+        prompt_length: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        dead_end: Literal["raise", "eos"] = "raise",
+        max_length: int = 256,
+    ) -> None:
+        if isinstance(phrases, (str, bytes)) or not isinstance(phrases, Iterable):
+            raise DTypeError(f"phrases: expected a list of phrases, got {phrases!r:.80}")
+        for arg, value, allowed in (
+            ("mode", mode, ("hard", "prefix")),
+            ("scope", scope, ("output", "all")),
+            ("dead_end", dead_end, ("raise", "eos")),
+        ):
+            if value not in allowed:
+                raise ArgumentError(f"{arg}: expected one of {allowed}, got {value!r}")
+        if (mode == "prefix") != (penalty is not None):
+            raise ArgumentError(f"penalty: expected a number with mode 'prefix' and none otherwise, got {penalty!r}")
+        if vocab_size is not None and vocab_size < 1:
+            raise ArgumentError(f"vocab_size: expected 1 or more, got {vocab_size}")
+        eos = [] if eos_token_id is None else [int(i) for i in np.atleast_1d(np.asarray(eos_token_id))]
+        if dead_end == "eos" and not eos:
+            raise ArgumentError("eos_token_id: expected an id with dead_end 'eos', got None")
+        given: list[Any] = list(phrases)
+        if given and all(isinstance(p, str) for p in given):
+            if tokenizer is None:
+                raise DTypeError("tokenizer: expected one for phrases given as text, got None")
+            given = _from_texts(given, tokenizer, variants)
+        ending = [i for i, p in enumerate(given) if hasattr(p, "__len__") and len(p) == 1 and p[0] in eos]
+        if ending:
+            raise ArgumentError(f"phrases: expected none that is eos_token_id alone, got it at indices {ending[:8]}")
+        ids, lengths = _flat(given)
+        strength = None if penalty is None else (float(penalty), float(gamma))
+        self._automaton = _native.PhraseAutomaton(ids, lengths, vocab_size, max_length, strength)
+        self.vocab_size = vocab_size
+        self.mode = mode
+        self.scope = scope
+        self.pad_token_id = pad_token_id
+        self.dead_end = eos[0] if dead_end == "eos" else None
+        self._prompt = Prompt(prompt_length)
+
+    def __len__(self) -> int:
+        """Number of phrases (token sequences) matched."""
+        return int(self._automaton.phrases)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory the automaton holds."""
+        return int(self._automaton.nbytes)
+
+    def reset(self) -> None:
+        """Takes the next call as the first of a new generation.
+
+        Needed only where calls do not tell: when the same processor goes on with a prompt that is exactly what the last
+        generation would have seen next, or rows of unequal progress (pass ``prompt_length`` there).
+        """
+        self._prompt.reset()
+
+    def after(self, context: Sequence[int]) -> dict[int, float]:
+        """What would be added to which token after ``context``: -inf where it completes a phrase."""
+        ids = integers(np.asarray(context, dtype=None if len(context) else np.int64), "context")
+        _, tokens, values = self._automaton.edits(ids, np.zeros(1, dtype=np.int64))
+        return {int(t): float(v) for t, v in zip(tokens, values, strict=True)}
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Writes into ``scores`` ``(rows, vocabulary)`` what each row's context forbids, and returns it.
+
+        Raises:
+            ShapeError: ``input_ids`` is not ``(rows, length)`` with as many rows, or another vocabulary than
+                ``vocab_size``.
+            ArgumentError: ids outside the vocabulary, a penalty that overflows the dtype.
+            NonFiniteError: a logit to be written is NaN or +inf.
+            DegenerateError: a row would be left without a token and ``dead_end`` is ``"raise"``.
+        """
+        expect_context(input_ids, scores)
+        if self.vocab_size is not None and scores.shape[1] != self.vocab_size:
+            raise ShapeError(f"scores: expected a vocabulary of {self.vocab_size}, got {scores.shape[1]}")
+        start = max(0, input_ids.shape[1] - self._automaton.reach)
+        context = columns(input_ids, start)
+        begin = self._begin(input_ids, context, start)
+        path = device_path(scores, "forbid_")
+        if path is not None:
+            path(scores, *self._automaton.edits(context.reshape(-1), begin), self.dead_end)
+            return scores
+        with target(scores, "scores") as z:
+            self._automaton.apply_(z, context.reshape(-1), begin, self.dead_end)
+        return scores
+
+    def _begin(self, input_ids: Any, context: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
+        """First column of ``context`` to be matched, per row."""
+        if self.scope == "output":
+            return np.asarray(np.maximum(self._prompt.lengths(input_ids) - start, 0))
+        begin = np.zeros(len(context), dtype=np.int64)
+        if self.pad_token_id is None or context.shape[1] == 0:
+            return begin
+        # Padding reaches into the context only where the context begins with it.
+        for row in np.flatnonzero(context[:, 0] == self.pad_token_id):
+            whole = token_ids(input_ids[row], "input_ids")
+            text = whole != self.pad_token_id
+            padding = int(text.argmax()) if text.any() else len(whole)
+            begin[row] = max(0, padding - start)
+        return begin
