@@ -276,17 +276,6 @@ impl<'py> Array<'py> {
         // SAFETY: as in `rows_mut`, and contiguous.
         Ok(unsafe { slice_mut(self.data.cast::<T>(), layout.span()) })
     }
-
-    /// Copies out as f64 in logical order, whatever the dtype: for small operands such as directions.
-    pub fn to_f64(&self) -> Result<Vec<f64>> {
-        use crate::element::Real;
-        crate::with_dtype!(self.dtype, T => {
-            let rows = self.rows::<T>()?;
-            Ok((0..rows.rows())
-                .flat_map(|i| rows.row(i).iter().map(|v| v.load().to_f64()))
-                .collect())
-        })
-    }
 }
 
 /// # Safety

@@ -35,9 +35,12 @@ fn set_simd_level(name: &str) -> PyResult<&'static str> {
     Ok(simd::set_level(level).name())
 }
 
+/// Address, dtype, shape, strides, writable.
+type Description = (usize, &'static str, Vec<usize>, Vec<isize>, bool);
+
 /// How the intake sees an array: address, dtype, shape, strides in elements, writable.
 #[pyfunction]
-fn describe(x: &Bound<'_, PyAny>) -> PyResult<(usize, &'static str, Vec<usize>, Vec<isize>, bool)> {
+fn describe(x: &Bound<'_, PyAny>) -> PyResult<Description> {
     let a = Array::extract(x, "x")?;
     Ok((
         a.address(),
