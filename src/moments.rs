@@ -194,9 +194,9 @@ impl Moments {
                 .zip(b.chunks_exact(self.width))
                 .enumerate()
             {
-                let d = delta[i] * factor;
+                // The product of the two differences first: it is the same both ways round, and the matrix symmetric.
                 for ((c, b), e) in c.iter_mut().zip(b).zip(&delta) {
-                    *c += b + d * e;
+                    *c += b + factor * (delta[i] * e);
                 }
             }
         }

@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 /// Weights looked at together: one bit each in a word of the mask.
 const BLOCK: usize = 64;
-/// Weights per work item; three arrays of it stay in a core's private cache.
-const ITEM: usize = 16 << 10;
+/// Weights per work item: long enough for the processor to keep its streams running from page to page.
+const ITEM: usize = 128 << 10;
 /// A guarded call logs at most this fraction of the weights' bytes, and never less than [`LOG_MIN`].
 const LOG_SHARE: usize = 8;
 const LOG_MIN: usize = 1 << 20;

@@ -9,6 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Seconds between two timed calls; OpenMP's workers spin for a few milliseconds after their last task.
+SETTLE = 0.01
+
+
+def _settle() -> None:
+    """Waits on one thread, moving memory: an idle machine would lower its clocks and slow what comes next."""
+    a, b = np.ones(1 << 20), np.empty(1 << 20)
+    end = time.perf_counter() + SETTLE
+    while time.perf_counter() < end:
+        np.copyto(b, a)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -42,12 +53,17 @@ def compare(
     reset: Callable[[], object] | None = None,
     repeats: int = 5,
 ) -> tuple[float, float]:
-    """Median seconds of ``ours`` and ``baseline``, in turn after a warm-up each; ``reset`` runs untimed before each."""
+    """Median seconds of ``ours`` and ``baseline``, in turn after a warm-up each; ``reset`` runs untimed before each.
+
+    Each waits first until the worker threads of whatever ran before have stopped spinning: on few cores they would take
+    one away from the side that comes next.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for side, call in enumerate((ours, baseline)):
             if reset is not None:
                 reset()
+            _settle()
             start = time.perf_counter()
             call()
             if turn:
@@ -68,6 +84,7 @@ def bandwidth(megabytes: int = 256, repeats: int = 7) -> dict[str, float]:
     for name, moved in (("copy", 2), ("triad", 3)):
         best = []
         for _ in range(repeats):
+            _settle()
             start = time.perf_counter()
             if name == "copy":
                 _native._copy(a, b)

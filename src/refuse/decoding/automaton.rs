@@ -6,10 +6,11 @@
 //! phrase; suffixes that write nothing are skipped by links. Phrases of one token are written in every state and kept
 //! as one sorted list.
 
-use super::edits::{check_entry, check_removals, force_row, scattered, survives};
-use super::{LOGITS, no_token_left, token};
+use super::edits::{check_entry, force_row, scattered};
+use super::{LOGITS, is_poison, no_token_left, poison_error, token};
 use crate::element::{Element, Real};
-use crate::view::{Rows, RowsMut};
+use crate::simd::prefetch;
+use crate::view::RowsMut;
 use crate::{Error, Result, par};
 use std::collections::VecDeque;
 
@@ -287,48 +288,51 @@ impl Automaton {
         Ok((indptr, ids, values))
     }
 
-    /// What to write into row `i`.
-    fn plan<T: Element>(
+    /// Writes what the context of row `i` says, keeping the old entries; the checks of an entry and its write share one
+    /// trip to memory, which is where the time goes.
+    fn edit<T: Element>(
         &self,
         i: usize,
-        row: &[T],
+        row: &mut [T],
         context: &[i64],
         dead_end: Option<u32>,
-    ) -> Result<Plan> {
-        let found = self.matches(context)?;
+    ) -> Edited<T> {
+        let mut edited = Edited::default();
+        match self.matches(context) {
+            Ok(found) => edited.found = found,
+            Err(err) => return edited.failed(err),
+        }
+        edited.old.reserve(edited.found.len() + self.always.len());
         let mut removes = !self.always.is_empty();
-        check_removals(i, row, &self.always)?;
-        for (id, value) in &found {
-            check_entry(i, row, *id, *value)?;
+        for (id, value) in &edited.found {
+            let at = *id as usize;
+            match check_entry(i, row, *id, *value) {
+                Ok(new) => edited.old.push(std::mem::replace(&mut row[at], new)),
+                Err(err) => return edited.failed(err),
+            }
             removes |= *value == f64::NEG_INFINITY;
         }
-        let removed = |id: u32| {
-            self.always.binary_search(&id).is_ok()
-                || found
-                    .binary_search_by_key(&id, |e| e.0)
-                    .is_ok_and(|at| found[at].1 == f64::NEG_INFINITY)
-        };
-        if !removes || survives(row, removed) {
-            return Ok(Plan::Add(found));
+        let removed = T::store(-T::Acc::INFINITY);
+        for id in &self.always {
+            prefetch(row, *id as usize, 1);
         }
-        match dead_end {
-            Some(id) => check_entry(i, row, id, 0.0).map(|_| Plan::Force(id)),
-            None => Err(no_token_left(i)),
+        edited.old.extend(
+            (self.always.iter()).map(|id| std::mem::replace(&mut row[*id as usize], removed)),
+        );
+        let taken = &edited.old[edited.found.len()..];
+        if let Some(k) = taken.iter().position(|v| is_poison(*v)) {
+            let (id, v) = (self.always[k] as usize, taken[k]);
+            return edited.failed(poison_error(i, row.len(), id, v));
         }
-    }
-
-    fn write<T: Element>(&self, row: &mut [T], plan: &Plan) {
-        match plan {
-            Plan::Force(id) => force_row(row, *id),
-            Plan::Add(found) => {
-                for (id, value) in found {
-                    row[*id as usize] = super::edits::biased(row[*id as usize], *value);
-                }
-                for id in &self.always {
-                    row[*id as usize] = T::store(-T::Acc::INFINITY);
-                }
+        if removes && !row.iter().any(|v| v.load() > -T::Acc::INFINITY) {
+            edited.undo(row, &self.always);
+            match dead_end.map(|id| check_entry(i, row, id, 0.0).map(|_| id)) {
+                Some(Ok(id)) => edited.force = Some(id),
+                Some(Err(err)) => return edited.failed(err),
+                None => return edited.failed(no_token_left(i)),
             }
         }
+        edited
     }
 
     /// Forbids (and penalises) in each row what its context says. A row in which no token would be left is forced to
@@ -358,20 +362,61 @@ impl Automaton {
             token("eos_token_id", i64::from(id), width)?;
         }
         let bytes = scattered(rows * (self.always.len() + self.longest));
-        let view: Rows<'_, T> = logits.as_rows();
-        let plans = par::try_map(bytes, (0..rows).collect(), |i| {
-            self.plan(i, view.row(i), contexts.row(i), dead_end)
-        })?;
-        par::for_each(bytes, logits.into_runs(1), |run| {
-            self.write(run.data, &plans[run.first]);
+        let mut runs = logits.into_runs(1);
+        let mut edited = par::map(bytes, runs.iter_mut().collect(), |run| {
+            self.edit(run.first, run.data, contexts.row(run.first), dead_end)
         });
+        if edited.iter().any(|e| e.error.is_some()) {
+            for (run, edited) in runs.iter_mut().zip(&mut edited) {
+                edited.undo(run.data, &self.always);
+            }
+            let first = edited.into_iter().find_map(|e| e.error);
+            return first.map_or(Ok(()), Err);
+        }
+        for (run, edited) in runs.iter_mut().zip(&edited) {
+            if let Some(id) = edited.force {
+                force_row(run.data, id);
+            }
+        }
         Ok(())
     }
 }
 
-enum Plan {
-    Add(Vec<(u32, f64)>),
-    Force(u32),
+/// What was done to a row: the matched edits, then the entries that are always removed.
+struct Edited<T> {
+    found: Vec<(u32, f64)>,
+    /// Entries before they were written, in the order of the writes.
+    old: Vec<T>,
+    /// The row is as it was, and is to be forced to this token.
+    force: Option<u32>,
+    error: Option<Error>,
+}
+
+impl<T> Default for Edited<T> {
+    fn default() -> Self {
+        Self {
+            found: Vec::new(),
+            old: Vec::new(),
+            force: None,
+            error: None,
+        }
+    }
+}
+
+impl<T: Element> Edited<T> {
+    fn failed(mut self, err: Error) -> Self {
+        self.error = Some(err);
+        self
+    }
+
+    /// Puts the old entries back, the last write first: a token may have been written twice.
+    fn undo(&mut self, row: &mut [T], always: &[u32]) {
+        let written = self.found.iter().map(|e| e.0).chain(always.iter().copied());
+        let mut pairs: Vec<_> = written.zip(self.old.drain(..)).collect();
+        while let Some((id, old)) = pairs.pop() {
+            row[id as usize] = old;
+        }
+    }
 }
 
 /// Sorts by token and keeps the lowest value of each.

@@ -148,20 +148,6 @@ pub fn check_entry<T: Element>(i: usize, row: &[T], id: u32, bias: f64) -> Resul
     Ok(sum)
 }
 
-/// [`check_entry`] of entries that become −∞. A loop without branches, so that the memory they lie scattered in is
-/// fetched many lines at a time.
-#[inline]
-pub fn check_removals<T: Element>(i: usize, row: &[T], ids: &[u32]) -> Result<()> {
-    let poisoned = ids
-        .iter()
-        .fold(false, |found, id| found | is_poison(row[*id as usize]));
-    if !poisoned {
-        return Ok(());
-    }
-    ids.iter()
-        .try_for_each(|id| check_entry(i, row, *id, f64::NEG_INFINITY).map(drop))
-}
-
 /// Whether the row keeps an entry above −∞ once the `removed` ones are gone. Reads up to the first such entry.
 pub fn survives<T: Element>(row: &[T], removed: impl Fn(u32) -> bool) -> bool {
     row.iter()
