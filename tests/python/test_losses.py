@@ -85,7 +85,7 @@ def test_values_and_gradients_against_autograd_in_f64(shape, dtype, shift, seed,
     (want_grad,) = torch.autograd.grad((want * up).sum(), wide)
     exact = dtype == torch.float64
     torch.testing.assert_close(got.double(), want, rtol=1e-12 if exact else 1e-6, atol=1e-12 if exact else 2e-6)
-    # Three roundings at most; in f32 the log-sum-exp and the exponent z - lse (up to about 60 here) move every probability.
+    # Three roundings at most; in f32 the exponent z - lse, up to about 60 here, is rounded and moves the probability.
     unit = {torch.float64: 1e-15, torch.float32: 2**-22, torch.float16: 2**-11 * 1.01, torch.bfloat16: 2**-8}[dtype]
     # Probabilities below 2^-125 are returned as 0; the smallest f16 is 2^-24.
     flushed, smallest = 1e-300 if exact else 2**-125, 2**-25 if dtype == torch.float16 else 0.0
