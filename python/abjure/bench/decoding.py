@@ -49,9 +49,10 @@ def _against(
     theirs: Callable[[Any], object],
     moved: int = 0,
 ) -> Row:
-    """Both sides on fresh copies of ``scores``, which each may write."""
+    """Both sides on fresh copies of ``scores``, right after these are written, as a model does before each step."""
     work = scores.clone()
-    seconds = compare(lambda: ours(work), lambda: theirs(work), reset=lambda: work.copy_(scores), repeats=9)
+    reset = lambda: work.copy_(scores)  # noqa: E731
+    seconds = compare(lambda: ours(work), lambda: theirs(work), reset=reset, repeats=15, settle=False)
     return Row(kernel, case, seconds[0], baseline, seconds[1], moved)
 
 

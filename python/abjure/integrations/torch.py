@@ -548,7 +548,7 @@ def kde_objective_torch(
     if leave_one_out == "corrected":
         rows = masked.to(centres.dtype) @ torch.nn.functional.one_hot(labels, classes).to(centres.dtype)
         counts = counts - rows
-    total = 0.0
+    total: Any = 0.0
     for h in bandwidths:
         exponent = (-squared / (2 * h * h)).masked_fill(masked, -torch.inf)
         sums = [torch.logsumexp(exponent.masked_fill(labels != c, -torch.inf), 1) for c in range(classes)]
