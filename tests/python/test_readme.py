@@ -1,4 +1,4 @@
-"""The code blocks of the README run as written, in order, in one namespace per page."""
+"""The code blocks of the README and the guides run as written, in order, in one namespace per page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md"]
+PAGES = ["README.md", "docs/forget.md", "docs/refuse-directions.md", "docs/refuse-decoding.md", "docs/protect.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
