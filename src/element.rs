@@ -89,6 +89,10 @@ pub trait Real:
     const ZERO: Self;
     const ONE: Self;
     const INFINITY: Self;
+    /// Unsigned integer of the same width.
+    type Bits: Copy + Default + Ord;
+    /// The bit pattern: ordered as the values are from +0 to +∞, and above all of those for NaN and negative signs.
+    fn bits(self) -> Self::Bits;
     fn from_f64(v: f64) -> Self;
     fn to_f64(self) -> f64;
     fn is_finite(self) -> bool;
@@ -109,11 +113,16 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($t:ty) => {
+    ($t:ty, $bits:ty) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             const INFINITY: Self = <$t>::INFINITY;
+            type Bits = $bits;
+            #[inline(always)]
+            fn bits(self) -> $bits {
+                self.to_bits()
+            }
             #[inline(always)]
             fn from_f64(v: f64) -> Self {
                 v as $t
@@ -145,8 +154,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32);
-real!(f64);
+real!(f32, u32);
+real!(f64, u64);
 
 /// A storage type that kernels read and write.
 pub trait Element: Copy + Send + Sync + Debug + Default + PartialEq + 'static {

@@ -12,7 +12,7 @@
 
 use crate::element::{Element, Real};
 use crate::par;
-use crate::simd::{Kernel, dispatch, prefetch};
+use crate::simd::{Kernel, dispatch, prefetch, top_bits};
 use crate::view::{Rows, RowsMut};
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -307,55 +307,92 @@ struct Dampen<'a, 'b, W, I> {
 
 /// Weights classified together before any of them is touched.
 const TILE: usize = 4 * BLOCK;
-/// Bits of a classified weight.
-const SELECTED: u8 = 1;
-const BAD: u8 = 2;
+/// Class of a selected weight; all others are 0.
+const SELECTED: u8 = 0x80;
 /// Above this count in a tile, all its weights are computed and the selected ones kept.
 const MANY: u32 = (TILE / 8) as u32;
 /// Weights gathered into one vector, and bits of a mask decoded in one step.
 const VECTOR: usize = 16;
 const STEP: usize = 8;
-/// How far ahead of the loop memory is asked for, in weights.
+/// How far ahead of the loop importances are asked for, in weights.
 const AHEAD: usize = 1024;
+/// Tiles between a tile's classification and its dampening: long enough for its weights to arrive.
+const DEPTH: usize = 4;
+/// Bytes that memory moves together.
+const LINE: usize = 64;
 
-/// Bit i is set where the lowest bit of `class[i]` is.
-#[inline(always)]
-fn pack(class: &[u8; BLOCK]) -> u64 {
-    let mut mask = 0;
-    for (k, bytes) in class.as_chunks::<8>().0.iter().enumerate() {
-        let word = u64::from_le_bytes(*bytes) & 0x0101_0101_0101_0101;
-        mask |= (word.wrapping_mul(0x0102_0408_1020_4080) >> 56) << (8 * k);
-    }
-    mask
+/// A classified tile that waits for its weights.
+#[derive(Clone, Copy)]
+struct Waiting {
+    class: [u8; TILE],
+    masks: [u64; TILE / BLOCK],
+    count: u32,
 }
 
 impl<W: Element, I: Real> Dampen<'_, '_, W, I> {
+    /// Tiles are classified [`DEPTH`] ahead of their weights, which are asked for in between: only those lines are read
+    /// that hold a selected weight, and nobody waits for them.
     #[inline(always)]
     fn tiles<const SCALED: bool, const POWER: bool>(mut self) -> Option<Selection> {
         let mut total = Selection::default();
-        let mut bad = 0;
+        let mut good = true;
         let w = std::mem::take(&mut self.w);
-        for ((w, f), d) in (w.chunks_mut(TILE).zip(self.f.chunks(TILE))).zip(self.d.chunks(TILE)) {
-            let mut scaled = ([I::ZERO; TILE], [I::ZERO; TILE]);
-            let (f, d) = if SCALED {
-                bad |= u8::from(!(Check { f, d }).run());
-                divide(&mut scaled.0, f, self.rule.forget_count);
-                divide(&mut scaled.1, d, self.rule.retain_count);
-                (&scaled.0[..f.len()], &scaled.1[..d.len()])
-            } else {
-                (f, d)
-            };
-            let mut class = [0u8; TILE];
-            let seen = classify(&mut class, &self.rule, f, d);
-            bad |= seen & BAD;
-            if seen & SELECTED != 0 {
-                total += self.tile::<POWER>(w, f, d, &class);
-            } else if let Some(log) = self.log.as_deref_mut() {
-                log.mask
-                    .extend(std::iter::repeat_n(0, w.len().div_ceil(BLOCK)));
+        let tiles = w.len().div_ceil(TILE);
+        let mut ring = [const {
+            Waiting {
+                class: [0; TILE],
+                masks: [0; TILE / BLOCK],
+                count: 0,
+            }
+        }; DEPTH];
+        for t in 0..tiles + DEPTH {
+            let waiting = &mut ring[t % DEPTH];
+            if waiting.count > 0 {
+                let at = (t - DEPTH) * TILE;
+                let mut scaled = ([I::ZERO; TILE], [I::ZERO; TILE]);
+                let (f, d) = self.importances::<SCALED>(at, &mut scaled);
+                let w = &mut w[at..][..f.len()];
+                total += self.tile::<POWER>(w, f, d, waiting);
+                waiting.count = 0;
+            }
+            if t < tiles {
+                let at = t * TILE;
+                let mut scaled = ([I::ZERO; TILE], [I::ZERO; TILE]);
+                let end = (at + TILE).min(w.len());
+                prefetch(self.f, at + AHEAD, TILE);
+                prefetch(self.d, at + AHEAD, TILE);
+                let (f, d) = self.importances::<SCALED>(at, &mut scaled);
+                if !classify(waiting, &self.rule, f, d) || SCALED {
+                    let (f, d) = (&self.f[at..end], &self.d[at..end]);
+                    good &= (Check { f, d }).run();
+                }
+                ask(&w[at..end], waiting);
+                if let Some(log) = self.log.as_deref_mut() {
+                    log.mask.extend(&waiting.masks[..f.len().div_ceil(BLOCK)]);
+                }
             }
         }
-        (bad == 0).then_some(total)
+        good.then_some(total)
+    }
+
+    /// The importances of the tile at `at`, divided by their counts where those are not 1.
+    #[inline(always)]
+    fn importances<'s, const SCALED: bool>(
+        &self,
+        at: usize,
+        scaled: &'s mut ([I; TILE], [I; TILE]),
+    ) -> (&'s [I], &'s [I])
+    where
+        Self: 's,
+    {
+        let end = (at + TILE).min(self.f.len());
+        let (f, d) = (&self.f[at..end], &self.d[at..end]);
+        if !SCALED {
+            return (f, d);
+        }
+        divide(&mut scaled.0, f, self.rule.forget_count);
+        divide(&mut scaled.1, d, self.rule.retain_count);
+        (&scaled.0[..f.len()], &scaled.1[..d.len()])
     }
 
     #[inline(always)]
@@ -364,33 +401,22 @@ impl<W: Element, I: Real> Dampen<'_, '_, W, I> {
         w: &mut [W],
         f: &[I],
         d: &[I],
-        class: &[u8; TILE],
+        waiting: &Waiting,
     ) -> Selection {
-        let mut masks = [0; TILE / BLOCK];
-        for (k, (mask, class)) in masks.iter_mut().zip(class.as_chunks().0).enumerate() {
-            *mask = pack(class);
-            if *mask != 0 {
-                prefetch(w, k * BLOCK, BLOCK);
-            }
-        }
-        if let Some(log) = self.log.as_deref_mut() {
-            log.mask.extend(&masks[..w.len().div_ceil(BLOCK)]);
-        }
-        let count = masks.iter().map(|m| m.count_ones()).sum::<u32>();
         let rule = &self.rule;
-        let done = if !POWER && count > MANY && w.len() == TILE {
+        let done = if !POWER && waiting.count > MANY && w.len() == TILE {
             if let Some(log) = self.log.as_deref_mut() {
-                let (found, n) = positions(&masks);
+                let (found, n) = positions(&waiting.masks);
                 log.old
                     .extend(found[..n].iter().map(|i| w[usize::from(*i)]));
             }
-            whole(w, f, d, class, rule)
+            whole(w, f, d, &waiting.class, rule)
         } else {
             let old = self.log.as_deref_mut().map(|log| &mut log.old);
-            gathered::<W, I, POWER>(w, f, d, &masks, rule, old)
+            gathered::<W, I, POWER>(w, f, d, &waiting.masks, rule, old)
         };
         Selection {
-            count: u64::from(count),
+            count: u64::from(waiting.count),
             ..done
         }
     }
@@ -403,31 +429,60 @@ fn divide<I: Real>(to: &mut [I], from: &[I], by: I) {
     }
 }
 
-/// Fills `class` and returns all its bits together; asks for the next tile's importances meanwhile.
+/// Asks for the lines of a tile that hold selected weights.
 #[inline(always)]
-fn classify<I: Real>(class: &mut [u8; TILE], rule: &Rule<I>, f: &[I], d: &[I]) -> u8 {
-    let mut seen = [0u8; BLOCK];
-    let blocks = f.chunks(BLOCK).zip(d.chunks(BLOCK));
-    for (class, (f, d)) in class.as_chunks_mut::<BLOCK>().0.iter_mut().zip(blocks) {
-        prefetch(f, AHEAD, BLOCK);
-        prefetch(d, AHEAD, BLOCK);
-        match (f.first_chunk::<BLOCK>(), d.first_chunk::<BLOCK>()) {
-            (Some(f), Some(d)) => classify_block(class, rule, f, d),
-            _ => classify_block(class, rule, f, d),
-        }
-        for (s, c) in seen.iter_mut().zip(class) {
-            *s |= *c;
+fn ask<W>(w: &[W], waiting: &Waiting) {
+    let line = LINE / size_of::<W>();
+    for (k, mask) in waiting.masks.iter().enumerate() {
+        for at in (0..BLOCK).step_by(line) {
+            if mask >> at & ((1 << line) - 1) != 0 {
+                prefetch(w, k * BLOCK + at, line);
+            }
         }
     }
-    seen.iter().fold(0, |seen, c| seen | c)
 }
 
+/// Finds the selected weights of a tile; false if an importance may be bad (negative zeros are reported too).
 #[inline(always)]
-fn classify_block<I: Real>(class: &mut [u8; BLOCK], rule: &Rule<I>, f: &[I], d: &[I]) {
-    for ((c, f), d) in class.iter_mut().zip(f).zip(d) {
-        let selected = if rule.selects(*f, *d) { SELECTED } else { 0 };
-        *c = selected | if acceptable(*f, *d) { 0 } else { BAD };
+fn classify<I: Real>(waiting: &mut Waiting, rule: &Rule<I>, f: &[I], d: &[I]) -> bool {
+    if f.len() < TILE {
+        waiting.class.fill(0);
+        waiting.masks.fill(0);
     }
+    let mut most = [I::Bits::default(); BLOCK];
+    let importances = f.chunks(BLOCK).zip(d.chunks(BLOCK));
+    let class = waiting.class.as_chunks_mut::<BLOCK>().0;
+    waiting.count = 0;
+    for ((class, mask), (f, d)) in class.iter_mut().zip(&mut waiting.masks).zip(importances) {
+        let (found, bits) = match (f.first_chunk::<BLOCK>(), d.first_chunk::<BLOCK>()) {
+            (Some(f), Some(d)) => classify_block(&mut most, rule, f, d),
+            _ => classify_block(&mut most, rule, f, d),
+        };
+        (*class, *mask) = (found, bits);
+        waiting.count += mask.count_ones();
+    }
+    let mut suspicious = 0u32;
+    for m in most {
+        suspicious |= u32::from(m >= I::INFINITY.bits());
+    }
+    suspicious == 0
+}
+
+/// Class of each weight, and the same as bits. The classes stay in registers until then: bytes that were just stored in
+/// pieces are slow to load as a whole.
+#[inline(always)]
+fn classify_block<I: Real>(
+    most: &mut [I::Bits; BLOCK],
+    rule: &Rule<I>,
+    f: &[I],
+    d: &[I],
+) -> ([u8; BLOCK], u64) {
+    let mut class = [0; BLOCK];
+    for (((c, m), f), d) in class.iter_mut().zip(most).zip(f).zip(d) {
+        *c = if rule.selects(*f, *d) { SELECTED } else { 0 };
+        *m = (*m).max(f.bits()).max(d.bits());
+    }
+    (class, top_bits(&class))
 }
 
 /// Offsets of the set bits, in order, and how many there are.

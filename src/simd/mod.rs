@@ -11,10 +11,12 @@ use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 mod exp;
 mod lse;
+mod mask;
 mod prefetch;
 mod reduce;
 pub use exp::{Exp, exp};
 pub use lse::log_sum_exp;
+pub use mask::top_bits;
 pub use prefetch::prefetch;
 pub use reduce::{LANES, dot, max, sum_f64, sum_map, sum_squares_f64};
 
