@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,7 +33,7 @@ def device_path(x: object, kernel: str) -> Callable[..., Any] | None:
     Raises:
         DeviceError: the tensor has no memory (``meta``), or no torch form of the kernel exists.
     """
-    if not is_torch(x) or x.device.type == "cpu":  # type: ignore[attr-defined]
+    if not is_torch(x) or x.is_cpu:  # type: ignore[attr-defined]
         return None
     device = x.device.type  # type: ignore[attr-defined]
     if device == "meta":
@@ -77,6 +77,11 @@ def _overlaps_itself(x: Any) -> bool:
     return False
 
 
+def _is_plain(x: Any) -> bool:
+    """Whether ``x`` is a tensor that needs nothing done: a short way, since a generation loop finds caches cold."""
+    return is_torch(x) and x.is_cpu and x.is_contiguous() and not (x.requires_grad or x.is_conj() or x.is_neg())
+
+
 def source(x: Any, arg: str) -> Any:
     """``x`` in a form a kernel can read: ``x`` itself wherever possible, else a contiguous copy.
 
@@ -86,6 +91,8 @@ def source(x: Any, arg: str) -> Any:
         DTypeError: ``x`` is not numeric.
         DeviceError: ``x`` is a tensor on another device.
     """
+    if _is_plain(x):
+        return x
     if is_torch(x):
         if x.device.type != "cpu":
             raise DeviceError(f"{arg}: expected a CPU tensor, got device {str(x.device)!r}")
@@ -102,14 +109,18 @@ def source(x: Any, arg: str) -> Any:
     return x
 
 
-@contextmanager
-def target(x: Any, arg: str) -> Iterator[Any]:
+def target(x: Any, arg: str) -> AbstractContextManager[Any]:
     """``x`` in a form a kernel can write: ``x`` itself wherever possible, else a temporary copied back on success.
 
     Raises:
         LayoutError: ``x`` is read-only, requires grad outside ``torch.no_grad()``, or its elements overlap.
         DTypeError: ``x`` is not an array.
     """
+    return nullcontext(x) if _is_plain(x) else _target(x, arg)
+
+
+@contextmanager
+def _target(x: Any, arg: str) -> Iterator[Any]:
     if is_torch(x):
         torch = sys.modules["torch"]
         if x.requires_grad and torch.is_grad_enabled():

@@ -15,8 +15,12 @@ use crate::{Error, Result};
 use dlpark::DlpackFlags;
 use dlpark::ffi::DLDevice;
 use dlpark::python::{ImportRequest, ImportedDlpack};
-use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::ndarray::s;
+use numpy::{PyArrayDescrMethods, PyReadonlyArray2, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyDict;
 
 /// Keeps the memory alive for as long as the array is in use.
 enum Owner<'py> {
@@ -80,7 +84,6 @@ impl<'py> Array<'py> {
     }
 
     fn from_dlpack(obj: &Bound<'py, PyAny>, arg: &'static str) -> PyResult<Self> {
-        let py = obj.py();
         if !obj.hasattr("__dlpack__")? {
             let found = obj.get_type().name()?;
             return Err(Error::DType {
@@ -99,27 +102,8 @@ impl<'py> Array<'py> {
             )
             .into());
         }
-        let request =
-            ImportRequest::new(obj.as_borrowed()).map_err(|e| cannot_export(py, arg, &e))?;
-        if let Ok(device) = request.device()
-            && device != DLDevice::CPU
-        {
-            return Err(device_error(
-                py,
-                format!("{arg}: expected CPU memory, got device {device:?}"),
-            ));
-        }
-        let tensor = request
-            .import(None, Some(false))
-            .map_err(|e| cannot_export(py, arg, &e))?;
+        let tensor = import(obj, arg)?;
         let view = tensor.validate().map_err(|e| Error::layout(arg, e))?;
-        if view.device() != DLDevice::CPU {
-            let device = view.device();
-            return Err(device_error(
-                py,
-                format!("{arg}: expected CPU memory, got device {device:?}"),
-            ));
-        }
         use dlpark::ffi::DLDataType as D;
         let dtype = match view.dtype() {
             d if d == D::F64 => DType::F64,
@@ -305,6 +289,123 @@ fn dtype_error(arg: &'static str, found: &str) -> PyErr {
         found: found.into(),
     }
     .into()
+}
+
+/// A tensor's export, waiting to be taken through the protocol.
+///
+/// `Tensor.__dlpack__` and `__dlpack_device__` are Python functions: in a generation loop, where every call finds the
+/// caches cold, they take longer than many a kernel. `torch.utils.dlpack.to_dlpack` does the same in one step.
+#[pyclass(frozen)]
+struct Export(Py<PyAny>);
+
+#[pymethods]
+impl Export {
+    #[pyo3(signature = (**_options))]
+    fn __dlpack__(&self, py: Python<'_>, _options: Option<&Bound<'_, PyDict>>) -> Py<PyAny> {
+        self.0.clone_ref(py)
+    }
+
+    fn __dlpack_device__(&self) -> (i32, i32) {
+        (1, 0)
+    }
+}
+
+/// `torch.Tensor` and `to_dlpack`, once torch has been imported.
+fn torch(py: Python<'_>) -> PyResult<Option<&(Py<PyAny>, Py<PyAny>)>> {
+    static TORCH: PyOnceLock<(Py<PyAny>, Py<PyAny>)> = PyOnceLock::new();
+    if let Some(found) = TORCH.get(py) {
+        return Ok(Some(found));
+    }
+    let modules = py.import(intern!(py, "sys"))?.getattr("modules")?;
+    // The second exists only after the import of the first has run to its end.
+    let (Ok(torch), Ok(dlpack)) = (
+        modules.get_item("torch"),
+        modules.get_item("torch.utils.dlpack"),
+    ) else {
+        return Ok(None);
+    };
+    let found = (
+        torch.getattr("Tensor")?.unbind(),
+        dlpack.getattr("to_dlpack")?.unbind(),
+    );
+    Ok(Some(TORCH.get_or_init(py, || found)))
+}
+
+/// Takes CPU memory from anything with `__dlpack__`, without copying.
+fn import(obj: &Bound<'_, PyAny>, arg: &'static str) -> PyResult<ImportedDlpack> {
+    let py = obj.py();
+    let fail = |e: PyErr| cannot_export(py, arg, &e);
+    // torch shares memory whenever it exports; the others are told not to copy.
+    let (exported, copy) = match torch(py)? {
+        Some((tensor, to_dlpack))
+            if obj.is_instance(tensor.bind(py))?
+                && obj.getattr(intern!(py, "is_cpu"))?.is_truthy()? =>
+        {
+            let capsule = to_dlpack.bind(py).call1((obj,)).map_err(fail)?;
+            (Bound::new(py, Export(capsule.unbind()))?.into_any(), None)
+        }
+        _ => (obj.clone(), Some(false)),
+    };
+    let request = ImportRequest::new(exported.as_borrowed()).map_err(fail)?;
+    if let Ok(device) = request.device() {
+        expect_cpu(py, arg, device)?;
+    }
+    let tensor = request.import(None, copy).map_err(fail)?;
+    let device = (tensor.validate().map_err(|e| Error::layout(arg, e))?).device();
+    expect_cpu(py, arg, device)?;
+    Ok(tensor)
+}
+
+fn expect_cpu(py: Python<'_>, arg: &'static str, device: DLDevice) -> PyResult<()> {
+    if device == DLDevice::CPU {
+        return Ok(());
+    }
+    let message = format!("{arg}: expected CPU memory, got device {device:?}");
+    Err(device_error(py, message))
+}
+
+/// The columns from `start` on of a matrix of 64-bit integers, row by row.
+///
+/// # Errors
+/// `DType` for other elements, `Shape` unless there are two axes.
+pub fn int64_columns(
+    obj: &Bound<'_, PyAny>,
+    arg: &'static str,
+    start: usize,
+) -> PyResult<Vec<i64>> {
+    if let Ok(array) = obj.extract::<PyReadonlyArray2<'_, i64>>() {
+        let array = array.as_array();
+        let from = start.min(array.ncols());
+        return Ok(array.slice(s![.., from..]).iter().copied().collect());
+    }
+    let tensor = import(obj, arg)?;
+    let view = tensor.validate().map_err(|e| Error::layout(arg, e))?;
+    if view.dtype() != dlpark::ffi::DLDataType::I64 {
+        return Err(dtype_error(arg, &format!("{:?}", view.dtype())));
+    }
+    let &[rows, columns] = view.shape() else {
+        let found = format!("{:?}", view.shape());
+        return Err(Error::shape(arg, "shape (rows, length)", found).into());
+    };
+    let start = start.min(columns as usize);
+    let strides = view
+        .strides_or_compact()
+        .map_err(|e| Error::layout(arg, e))?;
+    let first = (view.data_ptr() as *const u8)
+        .wrapping_add(view.byte_offset() as usize)
+        .cast::<i64>();
+    if !first.is_aligned() {
+        return Err(Error::layout(arg, "memory is not aligned to its element size").into());
+    }
+    let mut found = Vec::with_capacity(rows as usize * (columns as usize - start));
+    for i in 0..rows {
+        for j in start as i64..columns {
+            let at = first.wrapping_offset((i * strides[0] + j * strides[1]) as isize);
+            // SAFETY: an element of the exported array, by its own shape and strides; `tensor` keeps it alive.
+            found.push(unsafe { at.read() });
+        }
+    }
+    Ok(found)
 }
 
 fn cannot_export(py: Python<'_>, arg: &'static str, err: &PyErr) -> PyErr {

@@ -1,6 +1,6 @@
 //! Bindings of the decoding kernels.
 
-use super::array::Array;
+use super::array::{Array, int64_columns};
 use crate::refuse::decoding::{
     Automaton, Contexts, Edits, Gate, GateOptions, Groups, LOGITS, NoFire, Penalty, Position, Rule,
     bias, force, margins, max_gaps, row_lse,
@@ -262,18 +262,26 @@ impl PhraseAutomaton {
         ))
     }
 
-    /// Writes what each row's context says; a row without a token left is forced to `dead_end`.
-    #[pyo3(signature = (logits, context, begin, dead_end=None))]
+    /// Writes what the columns of `input_ids` from `start` on say; `begin` is the first of these that counts, per row
+    /// (none: all). A row without a token left is forced to `dead_end`.
+    #[pyo3(signature = (logits, input_ids, start, begin=None, dead_end=None))]
     fn apply_(
         &self,
         py: Python<'_>,
         logits: &Bound<'_, PyAny>,
-        context: Ids<'_>,
-        begin: Ids<'_>,
+        input_ids: &Bound<'_, PyAny>,
+        start: usize,
+        begin: Option<Ids<'_>>,
         dead_end: Option<u32>,
     ) -> PyResult<()> {
         let mut logits = batch(logits)?;
-        let contexts = contexts(&context, &begin)?;
+        let ids = int64_columns(input_ids, "input_ids", start)?;
+        let rows = logits.shape()[0];
+        let begin = match &begin {
+            Some(begin) => slice(begin, "begin")?,
+            None => &vec![0; rows],
+        };
+        let contexts = Contexts::new(&ids, ids.len().checked_div(rows).unwrap_or(0), begin)?;
         with_dtype!(logits.dtype(), T => {
             let rows = logits.rows_mut::<T>()?;
             Ok(py.detach(|| self.0.apply(rows, &contexts, dead_end))?)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .._interop import integers
+from .._interop import integers, is_torch
 from ..errors import ArgumentError, ShapeError
 
 #: Last prompt tokens by which a running generation is told from a new one.
 _REMEMBERED = 8
 
 
+def is_int64(input_ids: Any) -> bool:
+    """Whether a context is one that `generate()` passes, a CPU tensor of 64-bit integers, or such an array."""
+    if is_torch(input_ids):
+        return bool(input_ids.is_cpu and input_ids.dtype is sys.modules["torch"].int64)
+    return isinstance(input_ids, np.ndarray) and input_ids.dtype == np.int64
+
+
 def columns(input_ids: Any, start: int, stop: int | None = None) -> np.ndarray[Any, Any]:
     """Columns of a context as C-contiguous int64; of what `generate()` passes nothing but these columns is touched."""
-    if getattr(input_ids, "is_cpu", False) and str(input_ids.dtype) == "torch.int64":
+    if is_torch(input_ids) and is_int64(input_ids):
         input_ids = input_ids.detach().numpy()
     part = input_ids[:, start:stop]
     if isinstance(part, np.ndarray) and part.dtype == np.int64:

@@ -11,7 +11,7 @@ import numpy as np
 from .. import _native
 from .._interop import device_path, integers, target
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ._position import Prompt, columns, token_ids
+from ._position import Prompt, columns, is_int64, token_ids
 from .tokens import expect_context
 
 
@@ -138,6 +138,7 @@ class ForbiddenPhrases:
         ids, lengths = _flat(given)
         strength = None if penalty is None else (float(penalty), float(gamma))
         self._automaton = _native.PhraseAutomaton(ids, lengths, vocab_size, max_length, strength)
+        self._reach = self._automaton.reach
         self.vocab_size = vocab_size
         self.mode = mode
         self.scope = scope
@@ -181,26 +182,29 @@ class ForbiddenPhrases:
         expect_context(input_ids, scores)
         if self.vocab_size is not None and scores.shape[1] != self.vocab_size:
             raise ShapeError(f"scores: expected a vocabulary of {self.vocab_size}, got {scores.shape[1]}")
-        start = max(0, input_ids.shape[1] - self._automaton.reach)
-        context = columns(input_ids, start)
-        begin = self._begin(input_ids, context, start)
+        start = max(0, input_ids.shape[1] - self._reach)
+        begin = self._begin(input_ids, start)
         path = device_path(scores, "forbid_")
         if path is not None:
+            context = columns(input_ids, start)
+            begin = np.zeros(len(context), dtype=np.int64) if begin is None else begin
             path(scores, *self._automaton.edits(context.reshape(-1), begin), self.dead_end)
             return scores
+        if not is_int64(input_ids):
+            input_ids, start = columns(input_ids, start), 0
         with target(scores, "scores") as z:
-            self._automaton.apply_(z, context.reshape(-1), begin, self.dead_end)
+            self._automaton.apply_(z, input_ids, start, begin, self.dead_end)
         return scores
 
-    def _begin(self, input_ids: Any, context: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
-        """First column of ``context`` to be matched, per row."""
+    def _begin(self, input_ids: Any, start: int) -> np.ndarray[Any, Any] | None:
+        """First column from ``start`` on to be matched, per row; None where all are."""
         if self.scope == "output":
             return np.asarray(np.maximum(self._prompt.lengths(input_ids) - start, 0))
-        begin = np.zeros(len(context), dtype=np.int64)
-        if self.pad_token_id is None or context.shape[1] == 0:
-            return begin
-        # Padding reaches into the context only where the context begins with it.
-        for row in np.flatnonzero(context[:, 0] == self.pad_token_id):
+        if self.pad_token_id is None or start == input_ids.shape[1]:
+            return None
+        begin = np.zeros(input_ids.shape[0], dtype=np.int64)
+        # Padding reaches into these columns only where they begin with it.
+        for row in np.flatnonzero(columns(input_ids, start, start + 1)[:, 0] == self.pad_token_id):
             whole = token_ids(input_ids[row], "input_ids")
             text = whole != self.pad_token_id
             padding = int(text.argmax()) if text.any() else len(whole)
