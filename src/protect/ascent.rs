@@ -6,6 +6,7 @@ use super::pairs;
 use super::points::{Points, Sorted, mean, order_by_class};
 use super::project::{Limits, Norm};
 use super::random::Random;
+use super::spare::Spare;
 use super::tile::Scalar;
 use crate::cancel::Cancel;
 use crate::element::Element;
@@ -81,6 +82,7 @@ struct Run<'a, T: Element> {
     /// Everything takes part in every step.
     full: bool,
     cancel: &'a Cancel,
+    spare: Spare<T::Acc>,
 }
 
 /// The rows of one step.
@@ -114,6 +116,7 @@ pub fn ascend<T: Element<Acc: Scalar>>(
         mean: mean("x", x)?,
         full: plan.batch.queries >= n && plan.batch.centres >= n,
         cancel,
+        spare: Spare::default(),
     };
     let mut random = Random::new(plan.seed);
     let mut trace = Trace::default();
@@ -263,6 +266,7 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
             }
             trace.steps.push(value);
             self.step(&mut delta, &gradient, limits);
+            self.spare.give(gradient.values);
             self.cancel.advance(1);
         }
         keep(
@@ -282,7 +286,7 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
             T::Acc::from_f64(self.plan.limits.low),
             T::Acc::from_f64(self.plan.limits.high),
         );
-        let points = Points::build(order.len(), &self.mean, |k, row| {
+        let points = Points::build_in(&self.spare, order.len(), &self.mean, |k, row| {
             let i = order[k] as usize;
             dispatch(Place {
                 x: self.x.row(i),
@@ -328,7 +332,7 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
             .iter()
             .map(|i| self.labels[*i as usize])
             .collect();
-        let points = Points::gather(self.x, &rows.queries, &self.mean);
+        let points = Points::gather_in(&self.spare, self.x, &rows.queries, &self.mean);
         let want = cross::Want {
             centres: match (gradient, delta) {
                 (false, _) => CentreGradient::No,
@@ -347,9 +351,11 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
             points: &centres.points,
             segments: &centres.segments,
         };
-        let out = cross::evaluate(&self.plan.spec, queries, from, want, &|| {
+        let out = cross::evaluate(&self.plan.spec, queries, from, want, &self.spare, &|| {
             self.cancel.check()
         })?;
+        self.spare.give(points.into_buffer());
+        self.spare.give(centres.points.into_buffer());
         let rows = match delta {
             Delta::Class(_) => (0..self.plan.spec.classes as u32).collect(),
             Delta::Sample(_) => centres.order,
@@ -429,8 +435,19 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
                     items.collect(),
                     |(i, to)| {
                         let g = &gradient.values[at[i] as usize * d..][..d];
-                        towards(limits.norm, alpha, g, to);
-                        limits.project(&self.base(i), to);
+                        match limits.norm {
+                            Norm::Linf => dispatch(SignStep {
+                                x: self.x.row(i),
+                                g,
+                                alpha,
+                                limits,
+                                delta: to,
+                            }),
+                            Norm::L2 => {
+                                towards(limits.norm, alpha, g, to);
+                                limits.project(&self.base(i), to);
+                            }
+                        }
                     },
                 );
             }
@@ -485,6 +502,28 @@ fn towards<R: Real>(norm: Norm, alpha: f64, g: &[R], to: &mut [R]) {
             for (t, g) in to.iter_mut().zip(g) {
                 *t += R::from_f64(scale * g.to_f64());
             }
+        }
+    }
+}
+
+/// A step along the signs of `g` and back into the box and the L∞ ball, in one pass.
+struct SignStep<'a, T: Element> {
+    x: &'a [T],
+    g: &'a [T::Acc],
+    alpha: f64,
+    limits: &'a Limits,
+    delta: &'a mut [T::Acc],
+}
+
+impl<T: Element> Kernel for SignStep<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let step = T::Acc::from_f64(self.alpha);
+        for ((d, g), x) in self.delta.iter_mut().zip(self.g).zip(self.x) {
+            let up = if *g > T::Acc::ZERO { *d + step } else { *d };
+            let moved = if *g < T::Acc::ZERO { *d - step } else { up };
+            *d = self.limits.within(moved, x.load());
         }
     }
 }

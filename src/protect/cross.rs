@@ -8,6 +8,7 @@ use super::objective::{
     ClassSums, Exponentials, Posterior, Query, RowReading, Scratch, Spec, inverse_width,
 };
 use super::points::{Block, Points};
+use super::spare::Spare;
 use super::tile::{Scalar, squared_distances};
 use crate::linalg::gemm::{self, Mat, Out};
 use crate::simd::{Kernel, dispatch, sum_f64};
@@ -17,9 +18,12 @@ use std::ops::Range;
 /// The strip's weights: 64 MiB in f32.
 const STRIP_ELEMENTS: usize = 1 << 24;
 const STRIP_ROWS: Range<usize> = 64..4096;
-/// Rows of a strip that one task turns into weights, and centres per distance tile and per task of the second product.
+/// Rows of a strip that one task turns into weights.
 const TASK_ROWS: usize = 256;
-const TILE: usize = 256;
+/// Centres per distance tile and per task of the second product: four times the rows of faer's kernel on AVX-512.
+const TILE: usize = 384;
+/// Queries whose weights enter the second product together.
+const PART: usize = 384;
 
 /// No centre is this query's own.
 pub const NO_OWN: u32 = u32::MAX;
@@ -99,6 +103,7 @@ pub fn evaluate<R: Scalar>(
     queries: Queries<'_, R>,
     centres: Centres<'_, R>,
     want: Want,
+    spare: &Spare<R>,
     tick: &Tick<'_>,
 ) -> Result<Outcome<R>> {
     let counts: Vec<usize> = centres
@@ -117,7 +122,7 @@ pub fn evaluate<R: Scalar>(
     engine.rows = (0..n)
         .map(|i| f64::from(u8::from(engine.posterior.counts_query(engine.query(i)))))
         .sum();
-    engine.run(tick)
+    engine.run(spare, tick)
 }
 
 impl<R: Scalar> Engine<'_, R> {
@@ -137,14 +142,14 @@ impl<R: Scalar> Engine<'_, R> {
         }
     }
 
-    fn run(&self, tick: &Tick<'_>) -> Result<Outcome<R>> {
+    fn run(&self, spare: &Spare<R>, tick: &Tick<'_>) -> Result<Outcome<R>> {
         let (nq, nz) = (self.queries.points.len(), self.centres.points.len());
         let (d, classes) = (self.centres.points.width(), self.posterior.spec.classes);
         let want = self.want;
         let strip = (STRIP_ELEMENTS / nz)
             .clamp(STRIP_ROWS.start, STRIP_ROWS.end)
             .min(nq);
-        let mut weights = vec![R::ZERO; strip * nz];
+        let mut weights = spare.take(strip * nz);
         let mut class_sums = vec![R::ZERO; strip * classes];
         let mut column_sums = vec![
             0.0;
@@ -158,21 +163,24 @@ impl<R: Scalar> Engine<'_, R> {
             mean: RowReading::default(),
             rows: vec![RowReading::default(); nq],
             posterior: vec![0.0; if want.posterior { nq * classes } else { 0 }],
-            centre_gradient: vec![
-                R::ZERO;
+            centre_gradient: spare.take(
                 d * match want.centres {
                     CentreGradient::No => 0,
                     CentreGradient::Each => nz,
                     CentreGradient::ByClass => classes,
-                }
-            ],
+                },
+            ),
             query_gradient: vec![R::ZERO; if want.queries { nq * d } else { 0 }],
         };
+        if nq == 0 {
+            out.centre_gradient.fill(R::ZERO);
+        }
         for range in par::ranges(nq, strip) {
             let sums = &mut class_sums[..range.len() * classes];
             self.weigh(range.clone(), &mut weights, sums, &mut out, tick)?;
             self.gather(range, &weights, sums, &mut column_sums, &mut out, tick)?;
         }
+        spare.give(weights);
         self.subtract_own_place(&column_sums, &mut out.centre_gradient);
         out.mean = RowReading::mean(&out.rows);
         Ok(out)
@@ -299,6 +307,7 @@ impl<R: Scalar> Engine<'_, R> {
         }
         let (nz, d) = (self.centres.points.len(), self.centres.points.width());
         let rows = strip.len();
+        let first = strip.start == 0;
         let queries = self.queries.points.block(strip);
         let each = self.want.centres == CentreGradient::Each;
         let gradient = if each {
@@ -316,11 +325,11 @@ impl<R: Scalar> Engine<'_, R> {
                 dispatch(AddColumns(&row[start..start + sums.len()], sums));
             }
             if let Some(gradient) = gradient {
-                for part in par::ranges(rows, TASK_ROWS) {
+                for part in par::ranges(rows, PART) {
                     let product = Out {
                         data: &mut *gradient,
                         stride: d,
-                        add: true,
+                        add: !(first && part.start == 0),
                     };
                     let tile = &weights[part.start * nz + start..];
                     let tile = Mat::strided(tile, part.len(), sums.len(), nz);
@@ -335,7 +344,7 @@ impl<R: Scalar> Engine<'_, R> {
             let product = Out {
                 data: &mut out.centre_gradient,
                 stride: d,
-                add: true,
+                add: !first,
             };
             gemm::at_b(
                 product,

@@ -14,10 +14,12 @@ pub mod pairs;
 mod points;
 pub mod project;
 mod random;
+mod spare;
 mod tile;
 
 pub use objective::{LeaveOneOut, Objective, RowReading, Singleton, Spec};
 pub use points::{Points, Sorted, mean};
+pub use spare::Spare;
 pub use tile::Scalar;
 
 /// Called once per tile; an error ends the evaluation.

@@ -1,5 +1,6 @@
 //! Rows prepared for the kernels: moved to the mean, with their squared norms.
 
+use super::spare::Spare;
 use super::tile::Scalar;
 use crate::element::Element;
 use crate::simd::{Kernel, dispatch, sum_squares_f64};
@@ -46,8 +47,18 @@ impl<R: Scalar> Points<R> {
     /// `n` rows that `fill(i, row)` writes, less `mean`. The difference is taken in f64 and rounded once; norms are those
     /// of the rounded rows.
     pub fn build(n: usize, mean: &[f64], fill: impl Fn(usize, &mut [R]) + Send + Sync) -> Self {
+        Self::build_in(&Spare::default(), n, mean, fill)
+    }
+
+    /// As [`Points::build`], in a spare buffer.
+    pub fn build_in(
+        spare: &Spare<R>,
+        n: usize,
+        mean: &[f64],
+        fill: impl Fn(usize, &mut [R]) + Send + Sync,
+    ) -> Self {
         let width = mean.len();
-        let mut rows = vec![R::ZERO; n * width];
+        let mut rows = spare.take(n * width);
         let mut norms = vec![R::ZERO; n];
         let step = (par::ITEM_BYTES / (width * size_of::<R>())).max(1);
         let items = rows
@@ -69,11 +80,26 @@ impl<R: Scalar> Points<R> {
 
     /// Rows `order` of `x`, less `mean`.
     pub fn gather<T: Element<Acc = R>>(x: &Rows<'_, T>, order: &[u32], mean: &[f64]) -> Self {
-        Self::build(order.len(), mean, |i, row| {
+        Self::gather_in(&Spare::default(), x, order, mean)
+    }
+
+    /// As [`Points::gather`], in a spare buffer.
+    pub fn gather_in<T: Element<Acc = R>>(
+        spare: &Spare<R>,
+        x: &Rows<'_, T>,
+        order: &[u32],
+        mean: &[f64],
+    ) -> Self {
+        Self::build_in(spare, order.len(), mean, |i, row| {
             for (to, from) in row.iter_mut().zip(x.row(order[i] as usize)) {
                 *to = from.load();
             }
         })
+    }
+
+    /// The buffer of the rows, for others to use.
+    pub fn into_buffer(self) -> Vec<R> {
+        self.rows
     }
 
     pub fn len(&self) -> usize {

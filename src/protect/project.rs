@@ -31,19 +31,26 @@ impl Limits {
         match self.norm {
             Norm::Linf => {
                 for (d, x) in delta.iter_mut().zip(x) {
-                    let (low, high) = self.room(x.to_f64(), self.epsilon);
-                    *d = R::from_f64(d.to_f64().clamp(low, high));
+                    *d = self.within(*d, *x);
                 }
             }
             Norm::L2 => self.project_ball(x, delta),
         }
     }
 
+    /// The nearest change of `x` to `d` within the L∞ ball and the box.
+    #[inline(always)]
+    pub fn within<R: Real>(&self, d: R, x: R) -> R {
+        let (low, high) = self.room(x.to_f64(), self.epsilon);
+        R::from_f64(d.to_f64().greater(low).lesser(high))
+    }
+
     /// Least and greatest change of a value `x` by at most `radius` that stays in the box.
+    #[inline(always)]
     fn room(&self, x: f64, radius: f64) -> (f64, f64) {
         (
-            (self.low - x).max(-radius).min(0.0),
-            (self.high - x).min(radius).max(0.0),
+            (self.low - x).greater(-radius).lesser(0.0),
+            (self.high - x).lesser(radius).greater(0.0),
         )
     }
 

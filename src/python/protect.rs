@@ -9,7 +9,9 @@ use crate::protect::bandwidth::{self, Rule};
 use crate::protect::cross::{self, CentreGradient, Centres, NO_OWN, Outcome, Queries};
 use crate::protect::pairs;
 use crate::protect::project::{Limits, Norm};
-use crate::protect::{LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spec, mean};
+use crate::protect::{
+    LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spare, Spec, mean,
+};
 use crate::view::Rows;
 use crate::{Error, Result, with_dtype};
 use numpy::{Element as NumpyElement, IntoPyArray, PyReadonlyArray1};
@@ -260,7 +262,7 @@ fn cross_error<'py>(
             let points = Points::gather(&queries, &all, &mean);
             let from = Queries { points: &points, labels: &query_codes, own: &own };
             let centres = Centres { points: &sorted.points, segments: &sorted.segments };
-            let mut out = cross::evaluate(&spec, from, centres, want, &|| tile(cancel))?;
+            let mut out = cross::evaluate(&spec, from, centres, want, &Spare::default(), &|| tile(cancel))?;
             if want.centres == CentreGradient::Each {
                 out.centre_gradient = sorted.restore(&out.centre_gradient, x.width());
             }
