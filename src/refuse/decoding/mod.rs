@@ -6,7 +6,6 @@
 
 mod automaton;
 mod edits;
-mod exp;
 mod gate;
 mod reduce;
 

@@ -3,10 +3,9 @@
 //! A margin is `LSE_group − LSE_rest`. The rest is summed with the group's entries left out, never by subtracting
 //! their exponentials from the whole, which would cancel where the group holds nearly all the probability.
 
-use super::exp::exp_nonpositive;
 use super::{is_poison, no_token_left, poison_error};
 use crate::element::{Element, Real};
-use crate::simd::{self, Kernel, dispatch};
+use crate::simd::{self, Kernel, dispatch, exp};
 use crate::view::Rows;
 use crate::{Error, Result, par};
 
@@ -50,7 +49,7 @@ impl LogSum {
         }
         Self {
             max: high.max,
-            sum: high.sum + low.sum * exp_nonpositive(low.max - high.max),
+            sum: high.sum + low.sum * exp(low.max - high.max),
         }
     }
 
@@ -139,7 +138,7 @@ fn exp_sum<T: Element>(block: &[T], max: f64, inverse_temperature: f64) -> f64 {
     let mut terms = [0.0; BLOCK];
     let terms = &mut terms[..block.len()];
     for (term, v) in terms.iter_mut().zip(block) {
-        *term = exp_nonpositive((v.load().to_f64() - max) * inverse_temperature);
+        *term = exp((v.load().to_f64() - max) * inverse_temperature);
     }
     let mut acc = [0.0; LANES];
     let (chunks, rest) = terms.as_chunks::<LANES>();
