@@ -477,7 +477,7 @@ def test_result_reads_well():
         (abjure.ShapeError, "x: expected at least one row", lambda: bayes_error(X[:0], [], bandwidth=1.0)),
         (abjure.ShapeError, "x: expected at least one row", lambda: bayes_error(np.float64(3), [1], bandwidth=1.0)),
         (abjure.DTypeError, "x: expected floating-point", lambda: bayes_error(X.astype(int), Y, bandwidth=1.0)),
-        (abjure.DTypeError, "x: expected dtype", lambda: bayes_error(X.astype(complex), Y, bandwidth=1.0)),
+        (abjure.DTypeError, "x: expected floating-point", lambda: bayes_error(X.astype(complex), Y, bandwidth=1.0)),
         (abjure.DTypeError, "y: expected whole", lambda: bayes_error(X, Y + 0.5, bandwidth=1.0)),
         (abjure.DegenerateError, "two classes", lambda: bayes_error(X, Y * 0, bandwidth=1.0)),
         (abjure.DegenerateError, "coincide", lambda: bayes_error(X * 0, Y, bandwidth="knn")),

@@ -154,6 +154,9 @@ class Fisher:
         """Name to gradient or None, and name to (array whose kind the sum takes, shape of the sum)."""
         if isinstance(gradients, Mapping):
             given = dict(gradients)
+            for n, g in given.items():
+                if g is not None and not hasattr(g, "shape"):
+                    raise DTypeError(f"gradients: {n!r}: expected an array, got {type(g).__name__}")
             likes = {n: (g, tuple(g.shape)[1 if stacked else 0 :]) for n, g in given.items() if hasattr(g, "shape")}
         else:
             parameters = named(gradients, "gradients")
@@ -367,8 +370,6 @@ def _examples(given: Mapping[str, Any], sums: Mapping[str, Any], stacked: bool) 
     for name, g in given.items():
         if g is None:
             continue
-        if not hasattr(g, "shape"):
-            raise DTypeError(f"gradients: {name!r}: expected an array, got {type(g).__name__}")
         found, expected = tuple(g.shape), tuple(sums[name].shape)
         if stacked and found:
             lengths[name], found = found[0], found[1:]

@@ -47,10 +47,15 @@ def prepare(x: Any, y: Any, arg: str = "x") -> Prepared:
 def rows(x: Any, arg: str) -> tuple[Any, tuple[int, ...]]:
     """``x`` flattened to rows × features (a view where it can be), and its shape."""
     x = _interop.source(x, arg)
-    shape = tuple(int(n) for n in getattr(x, "shape", ()))
+    shape = _interop.shape(x, arg)
     if len(shape) < 1 or shape[0] == 0 or math.prod(shape) == 0:
         raise ShapeError(f"{arg}: expected at least one row and one feature, got shape {shape}")
-    if isinstance(x, np.ndarray) and x.dtype.kind in "iub":
+    floating = (
+        x.is_floating_point()
+        if _interop.is_torch(x)
+        else getattr(getattr(x, "dtype", None), "kind", "f") not in "biucOSUmM"
+    )
+    if not floating:
         raise DTypeError(f"{arg}: expected floating-point values, got dtype {x.dtype}")
     if len(shape) != 2:
         x = x.reshape((shape[0], math.prod(shape[1:])))
