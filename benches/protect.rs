@@ -21,7 +21,7 @@ const WIDTH: usize = 784;
 const CLASSES: usize = 10;
 const BANDWIDTH: f64 = 2.0;
 const EPSILON: f64 = 8.0 / 255.0;
-const STEPS: usize = 10;
+const STEPS: usize = 4;
 
 fn spec(objective: Objective, leave_one_out: LeaveOneOut) -> Spec {
     Spec {
