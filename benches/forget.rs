@@ -1,4 +1,5 @@
-//! Dampening and Fisher accumulation over 16 M weights, the selection curve over 4 M; token log-probabilities of 512 × 32 768.
+//! Dampening and Fisher accumulation over 16 M weights, the selection curve over 4 M; token log-probabilities of
+//! 512 × 32 768.
 
 mod common;
 

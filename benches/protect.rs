@@ -10,7 +10,7 @@ use abjure::protect::bandwidth;
 use abjure::protect::cross::{self, CentreGradient, Centres, Queries};
 use abjure::protect::project::{Limits, Norm};
 use abjure::protect::{
-    LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spec, mean, pairs,
+    LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spare, Spec, mean, pairs,
 };
 use abjure::view::{Rows, RowsMut};
 use common::{baseline, flops, group, ours, uniform};
@@ -84,6 +84,8 @@ fn objectives<R: Scalar + Gemm>(c: &mut Criterion, n: usize) {
     let place = sorted.positions(n, cross::NO_OWN);
     let own: Vec<u32> = queries.iter().map(|i| place[*i as usize]).collect();
     let clean = spec(Objective::Soft, LeaveOneOut::Plain);
+    // Buffers go from call to call, as they do from step to step of an ascent.
+    let spare = Spare::default();
     let setup = format!(
         "{}\nq, own = x[:{m}], torch.arange({m})[:, None] == torch.arange({n})\n\
          shared, each = torch.zeros({CLASSES}, {WIDTH}, dtype=dtype), torch.zeros_like(x)\n\
@@ -123,7 +125,7 @@ fn objectives<R: Scalar + Gemm>(c: &mut Criterion, n: usize) {
                 points: &sorted.points,
                 segments: &sorted.segments,
             };
-            cross::evaluate(&clean, from, at, want, &tick).expect("not cancelled")
+            cross::evaluate(&clean, from, at, want, &spare, &tick).expect("not cancelled")
         });
         let form = format!(
             "torch.autograd.grad(clean_error(q, own, x + {delta}, y, y[:{m}], {BANDWIDTH}, {CLASSES}), {leaf})"
