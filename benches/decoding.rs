@@ -4,153 +4,167 @@ mod common;
 
 use abjure::element::{Element, Real};
 use abjure::refuse::decoding::{
-    Automaton, Contexts, Edits, Gate, GateOptions, Groups, NoFire, Position, Rule, bias, max_gaps,
-    row_lse,
+    Automaton, Contexts, Edits, Gate, GateOptions, Groups, NoFire, Position, Rule, bias, force,
+    max_gaps, row_lse,
 };
 use abjure::view::{Rows, RowsMut};
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use common::{baseline, bytes, group, hash, ours, uniform};
+use criterion::{Criterion, criterion_group, criterion_main};
 use half::{bf16, f16};
 use std::hint::black_box;
 
 const ROWS: usize = 64;
 const VOCAB: usize = 151_936;
 const PHRASES: usize = 1000;
+const CONTEXT: usize = 512;
+/// The refusal token, and the margin it would need.
+const TOKEN: usize = 17;
+const THRESHOLD: f64 = -7.0;
 
-/// A sequence that needs no seed to be the same everywhere.
-fn hash(i: usize) -> u64 {
-    let mut x = (i as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
+/// Uniform logits. In a third of the rows the refusal token comes near enough to its threshold that only the row's
+/// log-sum-exp can tell; in none does it reach it, so that a call leaves the logits as they were.
+fn logits<T: Element>() -> Vec<T> {
+    let mut z = uniform::<T>(ROWS * VOCAB, 1, -8.0, 8.0);
+    for row in z.chunks_exact_mut(VOCAB).step_by(3) {
+        row[TOKEN] = T::store(T::Acc::from_f64(8.0));
+    }
+    z
 }
 
-fn logits<T: Element>() -> Vec<T> {
-    (0..ROWS * VOCAB)
-        .map(|i| {
-            T::store(T::Acc::from_f64(
-                hash(i) as f64 / u64::MAX as f64 * 16.0 - 8.0,
-            ))
-        })
-        .collect()
+/// The same in Python, with the contexts and phrases of the kernels.
+fn setup(phrases: &[Vec<i64>], context: &[i64]) -> String {
+    format!(
+        "from transformers import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor\n\
+         z = torch.empty({ROWS}, {VOCAB}).uniform_(-8, 8)\n\
+         z[::3, {TOKEN}] = 8.0\n\
+         z = z.to(dtype)\n\
+         ids = torch.randint({VOCAB}, ({ROWS}, {CONTEXT}))\n\
+         ids[:, {CONTEXT} - {}:] = torch.tensor({context:?}).view({ROWS}, -1)\n\
+         phrases = {phrases:?}",
+        context.len() / ROWS
+    )
 }
 
 fn phrases() -> Vec<Vec<i64>> {
+    let token = |i: usize| (hash(i) % VOCAB as u64) as i64;
     (0..PHRASES)
-        .map(|i| {
-            (0..1 + i % 6)
-                .map(|k| (hash(i * 6 + k) % VOCAB as u64) as i64)
-                .collect()
-        })
+        .map(|i| (0..1 + i % 6).map(|k| token(i * 6 + k)).collect())
         .collect()
 }
 
-fn element<T: Element>(c: &mut Criterion) {
-    let z = logits::<T>();
-    let mut work = z.clone();
+fn reductions<T: Element>(c: &mut Criterion, setup: &str) {
+    let mut z = logits::<T>();
     let dtype = T::DTYPE.name();
-    let bytes = Throughput::Bytes((z.len() * size_of::<T>()) as u64);
-    let mut group = common::group(c, "decoding");
-    group.throughput(bytes);
-    let groups = Groups::new("groups", &[vec![17]]).expect("one group");
-    group.bench_function(format!("row_max_gap/{dtype}"), |b| {
-        b.iter(|| max_gaps(black_box(&Rows::matrix(&z, VOCAB)), &groups));
+    let size = bytes(size_of_val(&z[..]));
+    let token = vec![vec![TOKEN as i64]];
+    let groups = Groups::new("groups", &token).expect("one group");
+    let mut g = group(c, "row_max_gap");
+    g.throughput(size.clone());
+    ours(&mut g, dtype, || {
+        max_gaps(black_box(&Rows::matrix(&z, VOCAB)), &groups).expect("no NaN")
     });
-    group.bench_function(format!("row_lse/{dtype}"), |b| {
-        b.iter(|| row_lse(black_box(&Rows::matrix(&z, VOCAB)), 1.0));
+    let form = format!("row_max_gap(z, {TOKEN})");
+    baseline(&mut g, "torch, amax of two slices", dtype, setup, &form);
+    g.finish();
+
+    let mut g = group(c, "row_lse");
+    g.throughput(size.clone());
+    ours(&mut g, dtype, || {
+        row_lse(black_box(&Rows::matrix(&z, VOCAB)), 1.0).expect("no NaN")
     });
+    let form = "torch.logsumexp(z.double(), 1)";
+    baseline(&mut g, "torch, float64 copy", dtype, setup, form);
+    g.finish();
+
     let options = GateOptions {
         bias: vec![0.0],
-        thresholds: vec![Some(0.0)],
+        thresholds: vec![Some(THRESHOLD)],
         rule: Rule::Ratio,
         no_fire: NoFire::Keep,
         temperature: 1.0,
     };
-    let gate = Gate::new(&[vec![17]], options).expect("one category");
-    group.bench_function(format!("gate/{dtype}"), |b| {
-        b.iter(|| {
-            gate.apply(
-                RowsMut::matrix(black_box(&mut work), VOCAB),
-                &[Position::Gate; ROWS],
-            )
-        });
+    let gate = Gate::new(&token, options).expect("one category");
+    let mut g = group(c, "gate");
+    g.throughput(size);
+    ours(&mut g, dtype, || {
+        let z = RowsMut::matrix(black_box(&mut z), VOCAB);
+        gate.apply(z, &[Position::Gate; ROWS]).expect("no NaN")
     });
-    // What is written: one line per entry.
-    let phrases = phrases();
-    let slices: Vec<&[i64]> = phrases.iter().map(Vec::as_slice).collect();
-    let automaton = Automaton::new(&slices, Some(VOCAB), 16, None).expect("sound phrases");
-    let reach = automaton.reach();
-    let context: Vec<i64> = (0..ROWS * reach)
-        .map(|i| phrases[5][i % reach % 5])
-        .collect();
-    let begin = [0; ROWS];
-    let singles = phrases.iter().filter(|p| p.len() == 1).count();
-    group.throughput(Throughput::Elements((ROWS * singles) as u64));
-    group.bench_function(format!("phrases/{dtype}"), |b| {
-        let contexts = Contexts::new(&context, reach, &begin).expect("one context per row");
-        b.iter(|| {
-            automaton.apply(
-                RowsMut::matrix(black_box(&mut work), VOCAB),
-                &contexts,
-                None,
-            )
-        });
-    });
-    let ids: Vec<i64> = (0..VOCAB as i64).step_by(VOCAB / 100).collect();
-    let values = vec![0.125; ids.len()];
-    let edits = Edits::sum(None, &ids, &values, ROWS, VOCAB).expect("sound list");
-    work.copy_from_slice(&z);
-    group.throughput(Throughput::Elements((ROWS * ids.len()) as u64));
-    group.bench_function(format!("bias/{dtype}"), |b| {
-        b.iter(|| bias(RowsMut::matrix(black_box(&mut work), VOCAB), &edits));
-    });
-    group.finish();
+    let probability = 1.0 / (1.0 + (-THRESHOLD).exp());
+    let form = format!("gate(z, {TOKEN}, {probability})");
+    baseline(&mut g, "torch, softmax and compare", dtype, setup, &form);
+    g.finish();
 }
 
-fn baselines(c: &mut Criterion) {
-    let mut group = common::group(c, "decoding");
-    for dtype in ["float32", "bfloat16"] {
-        let setup = format!(
-            "import torch\nfrom transformers import NoBadWordsLogitsProcessor\ng = torch.Generator().manual_seed(0)\n\
-             z = torch.randn({ROWS}, {VOCAB}, generator=g).to(torch.{dtype})\n\
-             ids = torch.randint(0, {VOCAB}, ({ROWS}, 512), generator=g)\n\
-             words = [torch.randint(0, {VOCAB}, (1 + i % 6,), generator=g).tolist() for i in range({PHRASES})]\n\
-             processor = NoBadWordsLogitsProcessor(words)"
-        );
-        common::baseline(
-            &mut group,
-            &format!("phrases/{dtype} transformers"),
-            &setup,
-            "processor(ids, z)",
-        );
-        common::baseline(
-            &mut group,
-            &format!("row_lse/{dtype} torch"),
-            &setup,
-            "torch.logsumexp(z.double(), 1)",
-        );
-        common::baseline(
-            &mut group,
-            &format!("row_max_gap/{dtype} torch"),
-            &setup,
-            "z.amax(1)",
-        );
-        common::baseline(
-            &mut group,
-            &format!("gate/{dtype} torch"),
-            &setup,
-            "torch.softmax(z.float(), -1)[:, 17] >= 0.5",
-        );
+fn edits<T: Element>(c: &mut Criterion, automaton: &Automaton, context: &[i64], setup: &str) {
+    let mut z = logits::<T>();
+    let dtype = T::DTYPE.name();
+    let contexts =
+        Contexts::new(context, automaton.reach(), &[0; ROWS]).expect("one context per row");
+    let mut g = group(c, "forbidden_phrases");
+    ours(&mut g, dtype, || {
+        let z = RowsMut::matrix(black_box(&mut z), VOCAB);
+        automaton.apply(z, &contexts, None).expect("no NaN")
+    });
+    for (form, made) in [
+        ("NoBadWordsLogitsProcessor", "(phrases)"),
+        (
+            "SequenceBiasLogitsProcessor",
+            "([[p, -4.0] for p in phrases])",
+        ),
+    ] {
+        let setup = format!("{setup}\nprocessor = {form}{made}");
+        baseline(&mut g, form, dtype, &setup, "processor(ids, z)");
     }
-    group.finish();
+    g.finish();
+
+    let ids: Vec<i64> = (0..VOCAB as i64).step_by(VOCAB / 100).collect();
+    // Alternating signs of no net effect would round; adding zero writes as much.
+    let edits = Edits::sum(None, &ids, &vec![0.0; ids.len()], ROWS, VOCAB).expect("sound list");
+    z = logits::<T>();
+    let mut g = group(c, "bias_101_tokens");
+    ours(&mut g, dtype, || {
+        bias(RowsMut::matrix(black_box(&mut z), VOCAB), &edits).expect("no NaN")
+    });
+    let setup_bias = format!(
+        "{setup}\nids, values = torch.tensor({ids:?}), torch.zeros({})",
+        ids.len()
+    );
+    let form = format!("z.add_(torch.zeros({VOCAB}).index_add_(0, ids, values))");
+    baseline(&mut g, "torch, dense vector", dtype, &setup_bias, &form);
+    g.finish();
+
+    let forced: Vec<i64> = (0..ROWS as i64).collect();
+    let mut g = group(c, "force");
+    g.throughput(bytes(size_of_val(&z[..])));
+    ours(&mut g, dtype, || {
+        force(RowsMut::matrix(black_box(&mut z), VOCAB), &forced).expect("ids in the vocabulary")
+    });
+    let setup = format!("{setup}\nforced = torch.arange({ROWS})[:, None]");
+    let form = "z.fill_(-torch.inf).scatter_(1, forced, 0)";
+    baseline(&mut g, "torch, fill and scatter", dtype, &setup, form);
+    g.finish();
 }
 
 fn all(c: &mut Criterion) {
     common::machine(c);
-    element::<f32>(c);
-    element::<bf16>(c);
-    element::<f16>(c);
-    element::<f64>(c);
-    baselines(c);
+    let phrases = phrases();
+    let slices: Vec<&[i64]> = phrases.iter().map(Vec::as_slice).collect();
+    let automaton = Automaton::new(&slices, Some(VOCAB), 16, None).expect("sound phrases");
+    let reach = automaton.reach();
+    // Every row is about to complete a phrase of six tokens.
+    let context: Vec<i64> = (0..ROWS * reach)
+        .map(|i| phrases[5][i % reach % 5])
+        .collect();
+    let setup = setup(&phrases, &context);
+    reductions::<f32>(c, &setup);
+    reductions::<bf16>(c, &setup);
+    reductions::<f16>(c, &setup);
+    reductions::<f64>(c, &setup);
+    edits::<f32>(c, &automaton, &context, &setup);
+    edits::<bf16>(c, &automaton, &context, &setup);
+    edits::<f16>(c, &automaton, &context, &setup);
+    edits::<f64>(c, &automaton, &context, &setup);
 }
 
 criterion_group!(benches, all);

@@ -1,20 +1,14 @@
-//! The machine's copy and triad, and what torch's copy gets out of it.
+//! The machine's rates alone: copy, triad and the matrix product.
 
 mod common;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 
-fn machine(c: &mut Criterion) {
+fn all(c: &mut Criterion) {
     common::machine(c);
-    let mut group = common::group(c, "machine");
-    common::baseline(
-        &mut group,
-        "copy/torch",
-        "import torch\na = torch.ones(64 << 20)\nb = torch.empty(64 << 20)",
-        "b.copy_(a)",
-    );
-    group.finish();
+    common::matmul::<f32>(c);
+    common::matmul::<f64>(c);
 }
 
-criterion_group!(benches, machine);
+criterion_group!(benches, all);
 criterion_main!(benches);

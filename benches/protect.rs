@@ -1,124 +1,201 @@
-//! Density kernels beside the matrix product they rest on.
+//! Objectives with their gradients, and steps of the ascent, beside the matrix product they rest on.
+
+mod common;
 
 use abjure::cancel::Cancel;
-use abjure::linalg::gemm::{self, Mat, Out};
+use abjure::element::Element;
+use abjure::linalg::gemm::Gemm;
+use abjure::protect::ascent::{Against, Batch, Per, Plan, ascend};
+use abjure::protect::bandwidth;
 use abjure::protect::cross::{self, CentreGradient, Centres, Queries};
+use abjure::protect::project::{Limits, Norm};
 use abjure::protect::{
-    LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spec, mean, pairs,
+    LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spare, Spec, mean, pairs,
 };
-use abjure::view::Rows;
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use abjure::view::{Rows, RowsMut};
+use common::{baseline, flops, group, ours, uniform};
+use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
-use std::time::Duration;
 
 const WIDTH: usize = 784;
 const CLASSES: usize = 10;
-
-fn data<R: Scalar>(n: usize) -> (Vec<R>, Vec<u32>) {
-    let wave = |i: usize| ((i as f64) * 12.9898).sin() * 43758.5453;
-    let value = |i: usize| R::from_f64(wave(i).fract().abs());
-    let labels = (0..n).map(|i| (i % CLASSES) as u32).collect();
-    ((0..n * WIDTH).map(value).collect(), labels)
-}
+const BANDWIDTH: f64 = 2.0;
+const EPSILON: f64 = 8.0 / 255.0;
+const STEPS: usize = 4;
 
 fn spec(objective: Objective, leave_one_out: LeaveOneOut) -> Spec {
     Spec {
         classes: CLASSES,
-        bandwidths: vec![2.0],
+        bandwidths: vec![BANDWIDTH],
         objective,
         leave_one_out,
-        singleton: Singleton::Keep,
+        singleton: Singleton::Exclude,
         priors: None,
     }
 }
 
-/// GFLOP/s are reported as elements: one element is one floating-point operation.
-fn groups<R: Scalar>(c: &mut Criterion, name: &str, n: usize) {
-    let (x, labels) = data::<R>(n);
+fn setup(n: usize) -> String {
+    format!("x, y = torch.rand({n}, {WIDTH}, dtype=dtype), torch.arange({n}) % {CLASSES}")
+}
+
+fn objectives<R: Scalar + Gemm>(c: &mut Criterion, n: usize) {
+    let dtype = R::DTYPE.name();
+    let x = uniform::<R>(n * WIDTH, 1, 0.0, 1.0);
+    let labels: Vec<u32> = (0..n).map(|i| (i % CLASSES) as u32).collect();
     let rows = Rows::matrix(&x, WIDTH);
-    let centre = mean("x", &rows).unwrap();
+    let centre = mean("x", &rows).expect("finite");
     let sorted: Sorted<R> = Sorted::all(&rows, &labels, CLASSES, &centre);
     let never = Cancel::new();
-    let mut group = c.benchmark_group("protect");
-    group
-        .sample_size(10)
-        .measurement_time(Duration::from_secs(3));
+    let tick = || never.check();
 
-    let tile = 256;
-    let mut out = vec![R::from_f64(0.0); tile * tile];
-    group.throughput(Throughput::Elements((2 * tile * tile * WIDTH) as u64));
-    group.bench_function(format!("matmul_256/{name}"), |b| {
-        let (left, right) = x[..2 * tile * WIDTH].split_at(tile * WIDTH);
-        b.iter(|| {
-            let to = Out {
-                data: &mut out,
-                stride: tile,
-                add: false,
-            };
-            gemm::a_bt(
-                to,
-                Mat::dense(left, tile, WIDTH),
-                Mat::dense(right, tile, WIDTH),
-            );
-        });
+    let mut g = group(c, "bandwidth_perplexity");
+    g.throughput(flops(2 * n * n * WIDTH));
+    ours(&mut g, dtype, || {
+        let rule = bandwidth::Rule::Perplexity(10.0);
+        bandwidth::find(rule, &sorted.points, &sorted.segments, &never).expect("distinct points")
     });
+    g.finish();
 
     let published = spec(Objective::Gini, LeaveOneOut::Corrected);
-    group.throughput(Throughput::Elements((4 * n * n * WIDTH) as u64));
-    group.bench_function(format!("published_gradient/{name}"), |b| {
+    let mut g = group(c, "published_gradient");
+    g.throughput(flops(4 * n * n * WIDTH));
+    ours(&mut g, dtype, || {
         let want = pairs::Want {
             gradient: true,
             posterior: false,
         };
-        let tick = || never.check();
-        b.iter(|| {
-            pairs::evaluate(
-                &published,
-                &sorted.points,
-                &sorted.segments,
-                want,
-                R::BLOCK,
-                &tick,
-            )
-        });
+        pairs::evaluate(
+            &published,
+            black_box(&sorted.points),
+            &sorted.segments,
+            want,
+            R::BLOCK,
+            &tick,
+        )
+        .expect("not cancelled")
     });
+    let form = format!("bayes_error_gradient(x, y, {CLASSES}, {BANDWIDTH})");
+    baseline(&mut g, "torch, n x n in memory", dtype, &setup(n), &form);
+    g.finish();
 
-    let queries: Vec<u32> = (0..(n / 2) as u32).collect();
+    let m = n / 2;
+    let queries: Vec<u32> = (0..m as u32).collect();
     let points = Points::gather(&rows, &queries, &centre);
     let place = sorted.positions(n, cross::NO_OWN);
     let own: Vec<u32> = queries.iter().map(|i| place[*i as usize]).collect();
     let clean = spec(Objective::Soft, LeaveOneOut::Plain);
-    for (kind, centres, products) in [
-        ("class", CentreGradient::ByClass, 2),
-        ("sample", CentreGradient::Each, 4),
+    // Buffers go from call to call, as they do from step to step of an ascent.
+    let spare = Spare::default();
+    let setup = format!(
+        "{}\nq, own = x[:{m}], torch.arange({m})[:, None] == torch.arange({n})\n\
+         shared, each = torch.zeros({CLASSES}, {WIDTH}, dtype=dtype), torch.zeros_like(x)\n\
+         shared.requires_grad_(), each.requires_grad_()",
+        setup(n)
+    );
+    for (name, centres, products, delta, leaf) in [
+        (
+            "clean_gradient_per_class",
+            CentreGradient::ByClass,
+            2,
+            "shared[y]",
+            "shared",
+        ),
+        (
+            "clean_gradient_per_sample",
+            CentreGradient::Each,
+            4,
+            "each",
+            "each",
+        ),
     ] {
-        group.throughput(Throughput::Elements((products * n / 2 * n * WIDTH) as u64));
-        group.bench_function(format!("clean_gradient_per_{kind}/{name}"), |b| {
+        let mut g = group(c, name);
+        g.throughput(flops(products * m * n * WIDTH));
+        ours(&mut g, dtype, || {
             let want = cross::Want {
                 centres,
                 queries: false,
                 posterior: false,
             };
             let from = Queries {
-                points: &points,
-                labels: &labels[..n / 2],
+                points: black_box(&points),
+                labels: &labels[..m],
                 own: &own,
             };
             let at = Centres {
                 points: &sorted.points,
                 segments: &sorted.segments,
             };
-            let tick = || never.check();
-            b.iter(|| black_box(cross::evaluate(&clean, from, at, want, &tick)));
+            cross::evaluate(&clean, from, at, want, &spare, &tick).expect("not cancelled")
         });
+        let form = format!(
+            "torch.autograd.grad(clean_error(q, own, x + {delta}, y, y[:{m}], {BANDWIDTH}, {CLASSES}), {leaf})"
+        );
+        baseline(&mut g, "torch, autograd", dtype, &setup, &form);
+        g.finish();
     }
-    group.finish();
 }
 
-fn protect(c: &mut Criterion) {
-    groups::<f32>(c, "f32", 4000);
-    groups::<f64>(c, "f64", 2000);
+fn steps<R: Scalar + Element<Acc = R>>(c: &mut Criterion, n: usize) {
+    let dtype = R::DTYPE.name();
+    let x = uniform::<R>(n * WIDTH, 1, 0.0, 1.0);
+    let labels: Vec<u32> = (0..n).map(|i| (i % CLASSES) as u32).collect();
+    let mut out = vec![R::default(); x.len()];
+    let batch = Batch {
+        queries: n / 4,
+        centres: n / 2,
+    };
+    let never = Cancel::new();
+    for (name, per, products) in [("class", Per::Class, 2), ("sample", Per::Sample, 4)] {
+        let plan = Plan {
+            spec: spec(Objective::Soft, LeaveOneOut::Plain),
+            against: Against::Clean,
+            per,
+            limits: Limits {
+                norm: Norm::Linf,
+                epsilon: EPSILON,
+                low: 0.0,
+                high: 1.0,
+            },
+            steps: STEPS,
+            step_size: 3.0 * EPSILON / STEPS as f64,
+            batch,
+            seed: 0,
+            jitter: 0.0,
+            levels: None,
+        };
+        let mut g = group(c, &format!("ascent_{STEPS}_steps_per_{name}"));
+        g.throughput(flops(
+            STEPS * products * batch.queries * batch.centres * WIDTH,
+        ));
+        ours(&mut g, dtype, || {
+            let out = RowsMut::matrix(&mut out, WIDTH);
+            ascend(
+                black_box(&Rows::matrix(&x, WIDTH)),
+                &labels,
+                &plan,
+                out,
+                &never,
+            )
+            .expect("not cancelled")
+        });
+        let form = format!(
+            "ascend(x, y, {CLASSES}, {BANDWIDTH}, '{name}', ({}, {}), {EPSILON}, {STEPS})",
+            batch.queries, batch.centres
+        );
+        baseline(&mut g, "torch, autograd", dtype, &setup(n), &form);
+        g.finish();
+    }
 }
 
-criterion_group!(benches, protect);
+fn all(c: &mut Criterion) {
+    common::machine(c);
+    common::matmul::<f32>(c);
+    common::matmul::<f64>(c);
+    objectives::<f32>(c, 4000);
+    objectives::<f64>(c, 2000);
+    steps::<f32>(c, 4000);
+    steps::<f64>(c, 2000);
+}
+
+criterion_group!(benches, all);
 criterion_main!(benches);

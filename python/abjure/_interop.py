@@ -44,6 +44,18 @@ def device_path(x: object, kernel: str) -> Callable[..., Any] | None:
     return paths[kernel]  # type: ignore[no-any-return]
 
 
+def shape(x: Any, arg: str) -> tuple[int, ...]:
+    """The shape of an array or tensor.
+
+    Raises:
+        DTypeError: ``x`` is neither.
+    """
+    found = getattr(x, "shape", None)
+    if found is None:
+        raise DTypeError(f"{arg}: expected an array or tensor, got {type(x).__name__}")
+    return tuple(int(n) for n in found)
+
+
 def _strides(x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if isinstance(x, np.ndarray):
         size = max(x.itemsize, 1)

@@ -461,6 +461,46 @@ def test_bandwidth_rules_have_their_property():
     assert bayes_error(x, y, bandwidth=("perplexity", 10)).bandwidth == bayes_error(x, y).bandwidth
 
 
+def two_gaussians(seed, n=120):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, n)
+    return rng.normal(size=(n, 2)) + 2.0 * y[:, None] * np.array([1.0, 0.0]), y
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_standard_error_is_the_spread_over_samples(clean):
+    """Of 80 samples of one population; the spread over rows alone is about half of it."""
+    got = []
+    for seed in range(80):
+        x, y = two_gaussians(seed)
+        q, labels = two_gaussians(seed + 1000, 200) if clean else (None, None)
+        got.append(bayes_error(x, y, queries=q, query_labels=labels, bandwidth=0.4, subsamples=40))
+    values = np.array([g.value for g in got])
+    errors = np.array([g.standard_error for g in got])
+    assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.2)
+    assert np.mean([np.std(g.values) / np.sqrt(g.rows) for g in got]) < 0.7 * errors.mean()
+    truth = values.mean()
+    assert np.mean([g.interval[0] <= truth <= g.interval[1] for g in got]) >= 0.88
+
+
+def test_subsamples_change_the_interval_alone():
+    x, y = two_gaussians(0)
+    plain = bayes_error(x, y, bandwidth=0.4)
+    assert plain.standard_error is None
+    for a in (x, torch.tensor(x)):
+        found = [bayes_error(a, y, bandwidth=0.4, subsamples=20, seed=s) for s in (0, 0, 1)]
+        assert {f.value for f in found} == {plain.value}
+        assert found[0].standard_error == found[1].standard_error != found[2].standard_error
+        assert found[0].interval == pytest.approx(
+            [plain.value + z * found[0].standard_error for z in (-1.959963984540054, 1.959963984540054)]
+        )
+    # Query i is another place of row i: it goes and comes with its row.
+    moved = bayes_error(x, y, queries=x + 0.1, bandwidth=0.4, subsamples=20)
+    assert 0 < moved.standard_error < 0.1
+    y = np.r_[y[:-1], 7]
+    assert bayes_error(x, y, bandwidth=0.4, subsamples=20, singleton="keep").standard_error > 0
+
+
 def test_result_reads_well():
     got = bayes_error(X, Y, bandwidth=0.7)
     assert "Cover–Hart" in str(got)
@@ -477,7 +517,7 @@ def test_result_reads_well():
         (abjure.ShapeError, "x: expected at least one row", lambda: bayes_error(X[:0], [], bandwidth=1.0)),
         (abjure.ShapeError, "x: expected at least one row", lambda: bayes_error(np.float64(3), [1], bandwidth=1.0)),
         (abjure.DTypeError, "x: expected floating-point", lambda: bayes_error(X.astype(int), Y, bandwidth=1.0)),
-        (abjure.DTypeError, "x: expected dtype", lambda: bayes_error(X.astype(complex), Y, bandwidth=1.0)),
+        (abjure.DTypeError, "x: expected floating-point", lambda: bayes_error(X.astype(complex), Y, bandwidth=1.0)),
         (abjure.DTypeError, "y: expected whole", lambda: bayes_error(X, Y + 0.5, bandwidth=1.0)),
         (abjure.DegenerateError, "two classes", lambda: bayes_error(X, Y * 0, bandwidth=1.0)),
         (abjure.DegenerateError, "coincide", lambda: bayes_error(X * 0, Y, bandwidth="knn")),
@@ -495,6 +535,9 @@ def test_result_reads_well():
         (abjure.ArgumentError, "leave_one_out: expected", lambda: bayes_error(X, Y, bandwidth=1.0, leave_one_out="x")),
         (abjure.ArgumentError, "singleton: expected", lambda: bayes_error(X, Y, bandwidth=1.0, singleton="drop")),
         (abjure.ArgumentError, "level: expected", lambda: bayes_error(X, Y, bandwidth=1.0, level=95)),
+        (abjure.ArgumentError, "subsamples: expected", lambda: bayes_error(X, Y, bandwidth=1.0, subsamples=1)),
+        (abjure.ArgumentError, "subsamples: expected", lambda: bayes_error(X, Y, bandwidth=1.0, subsamples=2.0)),
+        (abjure.DegenerateError, "subsamples: expected", lambda: bayes_error(X, Y, bandwidth=1.0, subsamples=9)),
         (abjure.ShapeError, "priors: expected 2", lambda: bayes_error(X, Y, bandwidth=1.0, priors=[1.0])),
         (abjure.ArgumentError, "priors: expected", lambda: bayes_error(X, Y, bandwidth=1.0, priors=[1.0, -1.0])),
         (abjure.ArgumentError, "queries: expected", lambda: bayes_error(X, Y, bandwidth=1.0, query_labels=Y)),

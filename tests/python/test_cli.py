@@ -100,3 +100,10 @@ def test_bench_keeps_its_own_options(capsys):
         cli.main(["bench", "--help"])
     assert stop.value.code == 0
     assert "--scale" in capsys.readouterr().out
+
+
+def test_bench_refuses_a_report_in_no_folder_before_measuring(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--json", str(tmp_path / "none" / "report.json")])
+    assert stop.value.code == 2
+    assert "--json" in capsys.readouterr().err

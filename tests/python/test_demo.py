@@ -231,12 +231,12 @@ def test_fresh_models_do_not_learn_from_protected_digits(monkeypatch):
 
 
 @pytest.mark.effect
-def test_a_real_model_separates_prompts_and_is_steered(monkeypatch):
+def test_a_real_model_separates_prompts_and_is_steered(smollm, monkeypatch):
     """The directions of the demo on the real model, at one block, with what steering and ablation do to its odds."""
-    from abjure.demo import refuse, smollm
+    from abjure.demo import refuse
 
     monkeypatch.setattr(refuse, "CANDIDATES", (16,))
-    chat = smollm.Chat(smollm.model_file())
+    chat = smollm
     assert chat.instruction_end(HARMFUL[0]) == chat.instruction_end(HARMLESS[0]) == -7
     train = refuse.Prompts(list(HARMFUL[:24]), list(HARMLESS[:24]))
     held = refuse.Prompts(list(HARMFUL[48:]), list(HARMLESS[48:]))

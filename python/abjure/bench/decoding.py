@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import plain
 from .timing import Row, compare
 
 #: Rows, vocabulary and phrases of the stated target.
@@ -106,19 +107,13 @@ def _gates(dtype: Any, ids: Any, vocab: int) -> Iterator[Row]:
     size, threshold = scores.numel() * scores.element_size(), -7.0
     gate = RefusalTokens({"refuse": 17}, threshold=threshold, prompt_length=CONTEXT)
 
-    def gate_by_softmax(z: Any) -> None:
-        fires = torch.softmax(z.float(), dim=-1)[:, 17] >= bias_to_threshold(-threshold)
-        kept = z[fires, 17]
-        z[fires] = -torch.inf
-        z[fires, 17] = kept
-
     yield _against(
         "RefusalTokens, all gated",
         case,
         scores,
         lambda z: gate(ids, z),
         "softmax, compare, force",
-        gate_by_softmax,
+        lambda z: plain.gate(z, 17, bias_to_threshold(-threshold)),
         size,
     )
     yield _against(
@@ -127,7 +122,7 @@ def _gates(dtype: Any, ids: Any, vocab: int) -> Iterator[Row]:
         scores,
         lambda z: row_max_gap(z, [17]),
         "amax of two slices",
-        lambda z: z[:, 17] - torch.maximum(z[:, :17].amax(1), z[:, 18:].amax(1)),
+        lambda z: plain.row_max_gap(z, 17),
         size,
     )
     yield _against(

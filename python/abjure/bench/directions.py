@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import refuse
+from . import plain
 from .timing import Row, compare
 
 
@@ -38,12 +39,7 @@ def _ablation(x: Any, q: Any, name: str, size: int) -> Row:
     import torch
 
     basis = torch.from_numpy(refuse.orthonormal_basis(q)).to(x.dtype)
-    r = basis[0]
-
-    def plain() -> Any:
-        return x - (x @ r).unsqueeze(-1) * r if len(basis) == 1 else x - (x @ basis.T) @ basis
-
-    ours, theirs = compare(lambda: refuse.ablate_(x, q), plain)
+    ours, theirs = compare(lambda: refuse.ablate_(x, q), lambda: plain.ablate(x, basis))
     form = "x - (x@r)[:,None]*r" if len(basis) == 1 else "x - (x@Q.T)@Q"
     return Row("ablate_", f"{len(x)}x{x.shape[1]} {name}, k={len(q)}", ours, f"torch {form}", theirs, 2 * size)
 
@@ -74,12 +70,7 @@ def _weights(weight: Any, q: Any, name: str) -> Row:
     import torch
 
     r = torch.from_numpy(refuse.orthonormal_basis(q)[0]).to(weight.dtype)
-
-    def plain() -> Any:
-        t = weight.T.contiguous()
-        return (t - (t @ r).unsqueeze(-1) * r).T.contiguous()
-
-    ours, theirs = compare(lambda: refuse.orthogonalize_(weight, q, 0), plain)
+    ours, theirs = compare(lambda: refuse.orthogonalize_(weight, q, 0), lambda: plain.orthogonalize(weight, r))
     case = f"{weight.shape[0]}x{weight.shape[1]} {name}, axis 0"
     # Read for the products, read and written by the update, read for the report.
     size = 4 * weight.numel() * weight.element_size()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from ..forget import Fisher, dampen_array_, selection_curve
+from . import plain
 from .timing import Row, compare
 
 #: Weights at scale 1.
@@ -14,33 +14,14 @@ SIZE = 64_000_000
 ALPHA, LAM = 10.0, 1.0
 
 
-def _published(w: Any, f: Any, d: Any) -> None:
-    """As the published code: boolean indexing over dense temporaries."""
-    import torch
-
-    locations = torch.where(f > d.mul(ALPHA))
-    weight = d.mul(LAM).div(f).pow(1)
-    update = weight[locations]
-    update[torch.where(update > 1)] = 1
-    w[locations] = w[locations].mul(update.to(w.dtype))
-
-
-def _where(w: Any, f: Any, d: Any) -> None:
-    """The dense form one would write by hand."""
-    import torch
-
-    factor = (d * LAM / f).clamp(max=1)
-    w.copy_(torch.where(f > ALPHA * d, w * factor.to(w.dtype), w))
-
-
 def _dampening(n: int) -> Iterator[Row]:
     import torch
 
     g = torch.Generator().manual_seed(0)
     f, d, start = torch.rand(n, generator=g), torch.rand(n, generator=g), torch.randn(n, generator=g)
     forms: tuple[tuple[str, Callable[..., None]], ...] = (
-        ("torch, boolean indexing (published)", _published),
-        ("torch.where", _where),
+        ("torch, boolean indexing (published)", plain.dampen_published),
+        ("torch.where", plain.dampen_where),
     )
     for dtype in (torch.float32, torch.bfloat16):
         before = start.to(dtype)
@@ -49,7 +30,7 @@ def _dampening(n: int) -> Iterator[Row]:
         for label, form in forms:
             ours, theirs = compare(
                 lambda w=w: dampen_array_(w, f, d, ALPHA, LAM),  # type: ignore[misc]
-                lambda w=w, form=form: form(w, f, d),  # type: ignore[misc]
+                lambda w=w, form=form: form(w, f, d, ALPHA, LAM),  # type: ignore[misc]
                 reset=lambda w=w, before=before: w.copy_(before),  # type: ignore[misc]
             )
             yield Row("dampen_array_", case, ours, label, theirs, bytes=n * (8 + 2 * w.element_size()))
@@ -63,10 +44,10 @@ def _accumulation(n: int) -> Iterator[Row]:
         g = gradient.to(dtype)
         fisher, total = Fisher().update({"w": g}), torch.zeros(n)
 
-        def plain(g: Any = g, total: Any = total) -> None:
-            total.add_(g.float().pow(2))
-
-        ours, theirs = compare(lambda g=g, fisher=fisher: fisher.update({"w": g}), plain)  # type: ignore[misc]
+        ours, theirs = compare(
+            lambda g=g, fisher=fisher: fisher.update({"w": g}),  # type: ignore[misc]
+            lambda g=g, total=total: plain.accumulate(total, g),  # type: ignore[misc]
+        )
         case = f"{n // 10**6} M {str(dtype).removeprefix('torch.')} into float32"
         yield Row("Fisher.update", case, ours, "torch, squared in float32", theirs, bytes=n * (8 + g.element_size()))
 
@@ -78,10 +59,9 @@ def _curve(n: int) -> Iterator[Row]:
     f, d = torch.rand(n, generator=g), torch.rand(n, generator=g)
     alphas = [1.4**k for k in range(20)]
 
-    def plain() -> list[int]:
-        return [int((f > alpha * d).sum()) for alpha in alphas]
-
-    ours, theirs = compare(lambda: selection_curve(f, d, alphas), plain, repeats=3)
+    ours, theirs = compare(
+        lambda: selection_curve(f, d, alphas), lambda: plain.selection_counts(f, d, alphas), repeats=3
+    )
     yield Row("selection_curve", f"{n // 10**6} M float32, 20 alphas", ours, "torch, one alpha at a time", theirs)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from .. import _native
+from .._files import write_atomically
 from .._interop import device_path, is_torch, source
 from ..errors import AbjureError, ArgumentError, DTypeError, LayoutError, ShapeError
 from .params import listed, named
@@ -154,6 +152,9 @@ class Fisher:
         """Name to gradient or None, and name to (array whose kind the sum takes, shape of the sum)."""
         if isinstance(gradients, Mapping):
             given = dict(gradients)
+            for n, g in given.items():
+                if g is not None and not hasattr(g, "shape"):
+                    raise DTypeError(f"gradients: {n!r}: expected an array, got {type(g).__name__}")
             likes = {n: (g, tuple(g.shape)[1 if stacked else 0 :]) for n, g in given.items() if hasattr(g, "shape")}
         else:
             parameters = named(gradients, "gradients")
@@ -301,7 +302,7 @@ class Fisher:
             "count": repr(self._count),
             "abjure": _native.__version__,
         }
-        _write(Path(path), save(arrays, metadata))
+        write_atomically(path, save(arrays, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fisher:
@@ -367,8 +368,6 @@ def _examples(given: Mapping[str, Any], sums: Mapping[str, Any], stacked: bool) 
     for name, g in given.items():
         if g is None:
             continue
-        if not hasattr(g, "shape"):
-            raise DTypeError(f"gradients: {name!r}: expected an array, got {type(g).__name__}")
         found, expected = tuple(g.shape), tuple(sums[name].shape)
         if stacked and found:
             lengths[name], found = found[0], found[1:]
@@ -440,27 +439,3 @@ def _check_sum(s: Any) -> None:
 
 def _to_numpy(s: Any) -> np.ndarray[Any, Any]:
     return s.cpu().numpy() if is_torch(s) else np.asarray(s)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file that is complete or not there."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as err:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise ArgumentError(f"path: expected a writable file path, got {os.fspath(path)!r} ({err.strerror})") from err
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -44,9 +44,10 @@ def token_logprobs(logits: Any, labels: Any, ignore_index: int = -100, shift: bo
 
     Source: the log-likelihood every language-model unlearning loss is built on; online log-sum-exp.
     """
-    shape = tuple(logits.shape)
-    if len(shape) < 2 or tuple(labels.shape) != shape[:-1]:
-        raise ShapeError(f"labels: expected shape {shape[:-1]} for logits {shape}, got {tuple(labels.shape)}")
+    labels = labels if hasattr(labels, "shape") else np.asarray(labels)
+    shape, found = _interop.shape(logits, "logits"), _interop.shape(labels, "labels")
+    if len(shape) < 2 or found != shape[:-1]:
+        raise ShapeError(f"labels: expected shape {shape[:-1]} for logits {shape}, got {found}")
     if (path := _interop.device_path(logits, "token_logprobs")) is not None:
         return path(logits, labels, ignore_index=ignore_index, shift=shift)
     ids = _interop.integers(labels, "labels")

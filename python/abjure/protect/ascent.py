@@ -300,6 +300,9 @@ def maximize_bayes_error(
         against: see above.
         per: one perturbation per ``"class"``, per ``"sample"``, or ``"both"``: a shared one of ``class_share`` of the
             budget, and of the steps, then one per row in what is left.
+            A shared one is clipped to ``box`` only where it is added to a row, and its gradient is the sum of its rows'
+            gradients at the clipped points, straight through the clip: a value held at the edge of the box counts
+            as any other. One per row never leaves the box, so nothing is clipped there.
         objective: as in :func:`bayes_error`. With ``against="published"`` and ``cap``, ``"soft"`` stops counting a row
             once its own label is no likelier than chance, so that points become ambiguous and not merely swapped.
         bandwidth: as in :func:`bayes_error`, frozen during the ascent, several are averaged. None: perplexity 100 (at

@@ -13,7 +13,6 @@ import base64
 import html
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _native
+from .._files import write_atomically
 from .._interop import device_path, empty_like, is_torch, like, source, target
 from ..errors import ArgumentError, DegenerateError, DTypeError, LayoutError, NonFiniteError, ShapeError
 
@@ -106,8 +106,7 @@ class Direction:
         The file appears complete or not at all.
 
         Raises:
-            OSError: ``path`` cannot be written.
-            ArgumentError: ``provenance`` is not JSON.
+            ArgumentError: ``path`` cannot be written, ``provenance`` is not JSON.
         """
         from safetensors.numpy import save
 
@@ -115,25 +114,24 @@ class Direction:
             metadata = json.dumps(self._metadata(), sort_keys=True)
         except (TypeError, ValueError) as err:
             raise ArgumentError(f"provenance: expected JSON values ({err})") from err
-        _write_atomically(Path(path), save({"vector": np.ascontiguousarray(self.vector)}, {_FORMAT: metadata}))
+        write_atomically(path, save({"vector": np.ascontiguousarray(self.vector)}, {_FORMAT: metadata}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Direction:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            OSError: the file cannot be read.
-            ArgumentError: it is not a direction.
+            ArgumentError: the file cannot be read or is not a direction.
         """
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no file {os.fspath(path)!r}")
+            raise ArgumentError(f"path: expected a readable file, got {os.fspath(path)!r}")
         try:
             with safe_open(os.fspath(path), "numpy") as file:
                 metadata = json.loads((file.metadata() or {})[_FORMAT])
                 vector = file.get_tensor("vector")
-        except (SafetensorError, KeyError, ValueError) as err:
+        except (SafetensorError, OSError, KeyError, ValueError) as err:
             raise ArgumentError(f"path: {os.fspath(path)!r} is not a saved Direction") from err
         counts = metadata["counts"]
         return cls(
@@ -177,22 +175,6 @@ def _profile(vector: Vector) -> str:
     )
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * count}" height="40" fill="#456">{bars}</svg>'
     return f'<img alt="largest components" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _to_numpy(x: Any, arg: str) -> npt.NDArray[Any]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, SupportsFloat, TypeVar
 import numpy as np
 
 from .. import _native
-from .._interop import device_path, integers, is_torch, source, target
+from .._interop import device_path, integers, is_torch, shape, source, target
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ._position import Prompt
 
@@ -375,8 +375,9 @@ def expect_context(input_ids: Any, scores: Any) -> None:
 
     Raises:
         ShapeError: not ``(rows, length)`` ids and ``(rows, vocabulary)`` scores.
+        DTypeError: not arrays.
     """
-    ids, z = tuple(input_ids.shape), tuple(scores.shape)
+    ids, z = shape(input_ids, "input_ids"), shape(scores, "scores")
     if len(z) != 2:
         raise ShapeError(f"scores: expected shape (rows, vocabulary), got {z}")
     if len(ids) != 2 or ids[0] != z[0]:

@@ -1,0 +1,118 @@
+"""The plain torch forms that kernels are compared with, here and in the criterion benchmarks, which read this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def dampen_published(w: Any, f: Any, d: Any, alpha: float, lam: float) -> None:
+    """Dampening as the published code has it: boolean indexing over dense temporaries."""
+    locations = torch.where(f > d.mul(alpha))
+    weight = d.mul(lam).div(f).pow(1)
+    update = weight[locations]
+    update[torch.where(update > 1)] = 1
+    w[locations] = w[locations].mul(update.to(w.dtype))
+
+
+def dampen_where(w: Any, f: Any, d: Any, alpha: float, lam: float) -> None:
+    """Dampening in the dense form one would write by hand."""
+    factor = (d * lam / f).clamp(max=1)
+    w.copy_(torch.where(f > alpha * d, w * factor.to(w.dtype), w))
+
+
+def accumulate(total: Any, g: Any) -> None:
+    """Adds squared gradients, squared in the dtype of the sum."""
+    total.add_(g.to(total.dtype).pow(2))
+
+
+def selection_counts(f: Any, d: Any, alphas: list[float]) -> list[int]:
+    """Weights selected, one alpha at a time."""
+    return [int((f > alpha * d).sum()) for alpha in alphas]
+
+
+def token_logprobs(logits: Any, labels: Any) -> Any:
+    """Log-probabilities of labels through the whole log-softmax in f32 or f64."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def ablate(x: Any, q: Any) -> Any:
+    """Projects rows off the orthonormal rows of ``q`` in their own dtype, as published hooks do."""
+    return x - (x @ q[0]).unsqueeze(-1) * q[0] if len(q) == 1 else x - (x @ q.T) @ q
+
+
+def orthogonalize(w: Any, r: Any) -> Any:
+    """Projects the columns of a weight off a unit vector as published code does: by transposing it and back."""
+    t = w.T.contiguous()
+    return (t - (t @ r).unsqueeze(-1) * r).T.contiguous()
+
+
+def row_max_gap(z: Any, token: int) -> Any:
+    """A token's logit above the largest of the others."""
+    return z[:, token] - torch.maximum(z[:, :token].amax(1), z[:, token + 1 :].amax(1))
+
+
+def gate(z: Any, token: int, probability: float) -> None:
+    """Forces a token in the rows that give it this probability."""
+    fires = torch.softmax(z.float(), dim=-1)[:, token] >= probability
+    kept = z[fires, token]
+    z[fires] = -torch.inf
+    z[fires, token] = kept
+
+
+def bayes_error_gradient(points: Any, y: Any, classes: int, bandwidth: float) -> tuple[Any, Any]:
+    """Published reading (gini, leave-one-out) and hand-derived gradient, with the n × n matrices in memory."""
+    onehot = torch.nn.functional.one_hot(y, classes).to(points.dtype)
+    z = points - points.mean(0)
+    norms = (z * z).sum(1)
+    exponent = (norms[:, None] + norms[None] - 2 * (z @ z.T)).clamp_(min=0).mul_(-0.5 / bandwidth**2)
+    exponent.fill_diagonal_(-torch.inf)
+    shift = exponent.max(1, keepdim=True).values
+    kernel = (exponent - shift).exp_()
+    sums = kernel @ onehot
+    counts = onehot.sum(0)
+    p = (sums.log() + shift + (counts / len(z)).log() - (counts - onehot).log()).softmax(1)
+    squares = (p * p).sum(1, keepdim=True)
+    slope = -2 * p * (p - squares) / len(z)
+    weights = kernel * ((slope / sums.clamp(min=1e-30)) @ onehot.T)
+    pulls = weights + weights.T
+    return (1 - squares).mean(), (pulls @ z - pulls.sum(1, keepdim=True) * z) / bandwidth**2
+
+
+def clean_error(queries: Any, own: Any, centres: Any, labels: Any, of: Any, bandwidth: float, classes: int) -> Any:
+    """Clean reading (soft): ``of`` are the queries' labels, ``own`` masks the centre each must not see."""
+    squared = (
+        (queries * queries).sum(1)[:, None] + (centres * centres).sum(1)[None] - 2 * (queries @ centres.T)
+    ).clamp(min=0)
+    exponent = (squared * (-0.5 / bandwidth**2)).masked_fill(own, -torch.inf)
+    onehot = torch.nn.functional.one_hot(labels, classes).to(centres.dtype)
+    shift = exponent.max(1, keepdim=True).values.detach()
+    joint = ((exponent - shift).exp() @ onehot + 1e-30).log()
+    return (1 - joint.softmax(1).gather(1, of[:, None])).mean()
+
+
+def ascend(
+    points: Any,
+    y: Any,
+    classes: int,
+    bandwidth: float,
+    per: str,
+    batch: tuple[int, int],
+    epsilon: float,
+    steps: int,
+) -> Any:
+    """Projected ascent against clean queries, its gradient by autograd."""
+    draw = torch.Generator().manual_seed(0)
+    delta = torch.zeros((classes if per == "class" else len(points)), points.shape[1], dtype=points.dtype)
+    alpha = 3 * epsilon / steps
+    for _ in range(steps):
+        rows = torch.randperm(len(points), generator=draw)[: batch[0]]
+        own = torch.randperm(len(points), generator=draw)[: batch[1]]
+        leaf = delta.clone().requires_grad_(True)
+        z = (points[own] + (leaf[y[own]] if per == "class" else leaf[own])).clamp(0, 1)
+        value = clean_error(points[rows], rows[:, None] == own[None], z, y[own], y[rows], bandwidth, classes)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        delta = (delta + alpha * gradient.sign()).clamp(-epsilon, epsilon)
+    return delta

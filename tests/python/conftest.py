@@ -1,0 +1,29 @@
+"""What several test files share: the one real language model, loaded once."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def loaded_smollm():
+    from abjure.demo import MissingInput, smollm
+
+    try:
+        return smollm.Chat(smollm.model_file())
+    except MissingInput as err:
+        pytest.skip(str(err))
+
+
+@pytest.fixture
+def smollm(loaded_smollm):
+    """SmolLM2-135M-Instruct as `abjure.demo.smollm.Chat`. Every test sees the same weights: edit a deep copy."""
+
+    def weights() -> int:
+        import torch
+
+        return sum(int(p.detach().view(-1).view(torch.int64).sum()) for p in loaded_smollm.model.parameters())
+
+    before = weights()
+    yield loaded_smollm
+    assert weights() == before, "a test changed the weights that others share"
