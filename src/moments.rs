@@ -6,7 +6,7 @@
 
 use crate::cancel::Cancel;
 use crate::element::{Element, Real};
-use crate::simd::{Kernel, dispatch};
+use crate::simd::{Kernel, dispatch, prefetch};
 use crate::view::Rows;
 use crate::{Error, Result, par};
 use faer::linalg::matmul::matmul;
@@ -17,6 +17,9 @@ use std::ops::Range;
 const CHUNK: usize = 256;
 /// Rows added to a sum at once.
 const GROUP: usize = 4;
+/// Elements looked at together, and how far ahead of them memory is asked for.
+const PART: usize = 128;
+const AHEAD: usize = 2048;
 /// Centred rows held in f64 for one round of matrix products.
 const SLAB: usize = 512;
 /// Side of the blocks that the second moments are computed in.
@@ -282,6 +285,11 @@ impl<T: Element> Kernel for ChunkSum<'_, T> {
             if non_finite(row) == 0 {
                 out.used.push((i, weight));
                 out.weight += weight;
+                // Right after the check, while the rows are in the cache.
+                if out.used.len().is_multiple_of(GROUP) {
+                    let last = out.used.len() - GROUP;
+                    add_rows(&mut out.sum, self.x, &out.used[last..]);
+                }
                 continue;
             }
             out.skipped += 1;
@@ -289,12 +297,10 @@ impl<T: Element> Kernel for ChunkSum<'_, T> {
             out.first_bad
                 .get_or_insert((i * width + bad, row[bad].load().to_f64()));
         }
-        for group in out.used.chunks(GROUP) {
-            // A short last group repeats its first row with weight zero.
-            let pick = |i: usize| group.get(i).copied().unwrap_or((group[0].0, 0.0));
-            let rows: [&[T]; GROUP] = std::array::from_fn(|i| &self.x.row(pick(i).0)[..width]);
-            let weights: [f64; GROUP] = std::array::from_fn(|i| pick(i).1);
-            add_group(&mut out.sum, &rows, &weights);
+        let rest = out.used.len() % GROUP;
+        if rest > 0 {
+            let last = out.used.len() - rest;
+            add_rows(&mut out.sum, self.x, &out.used[last..]);
         }
         out
     }
@@ -302,7 +308,24 @@ impl<T: Element> Kernel for ChunkSum<'_, T> {
 
 #[inline(always)]
 fn non_finite<T: Element>(row: &[T]) -> u32 {
-    row.iter().map(|v| u32::from(!v.finite())).sum()
+    let mut bad = 0;
+    for part in row.chunks(PART) {
+        prefetch(part, AHEAD, PART);
+        bad += part.iter().map(|v| u32::from(!v.finite())).sum::<u32>();
+    }
+    bad
+}
+
+/// Adds up to [`GROUP`] rows with their weights; a short group repeats its first row with weight zero.
+#[inline(always)]
+fn add_rows<T: Element>(sum: &mut [f64], x: &Rows<'_, T>, used: &[(usize, f64)]) {
+    let width = sum.len();
+    let (mut rows, mut weights) = ([&x.row(used[0].0)[..width]; GROUP], [0.0; GROUP]);
+    for (k, (i, weight)) in used.iter().enumerate() {
+        rows[k] = &x.row(*i)[..width];
+        weights[k] = *weight;
+    }
+    add_group(sum, &rows, &weights);
 }
 
 #[inline(always)]

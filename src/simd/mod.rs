@@ -18,7 +18,7 @@ pub use exp::{Exp, exp};
 pub use lse::log_sum_exp;
 pub use mask::top_bits;
 pub use prefetch::prefetch;
-pub use reduce::{LANES, dot, max, sum_f64, sum_map, sum_squares_f64};
+pub use reduce::{LANES, dot, dots, max, sum_f64, sum_map, sum_squares_f64};
 
 /// Instruction set a kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

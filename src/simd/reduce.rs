@@ -2,6 +2,7 @@
 //!
 //! All functions here are `#[inline(always)]` bodies, to be called from inside a [`super::Kernel`].
 
+use super::prefetch::prefetch;
 use crate::element::{Element, Real};
 
 /// Independent accumulators of every reduction, whatever the register width.
@@ -21,15 +22,25 @@ fn tree<R: Real>(mut acc: [R; LANES]) -> R {
     acc[0]
 }
 
+/// How far ahead of a sum over rows memory is asked for, in elements.
+const AHEAD: usize = 1024;
+
 /// Adds `term(i, x_i)` over blocks of `x`: lanes in the arithmetic type `R`, blocks in f64.
 #[inline(always)]
-fn sum_by<T: Copy, U: Copy, R: Real>(x: &[T], q: &[U], term: impl Fn(T, U) -> R) -> f64 {
+fn sum_by<const FROM_MEMORY: bool, T: Copy, U: Copy, R: Real>(
+    x: &[T],
+    q: &[U],
+    term: impl Fn(T, U) -> R,
+) -> f64 {
     let mut total = 0.0;
     for (x, q) in x.chunks(BLOCK).zip(q.chunks(BLOCK)) {
         let mut acc = [R::ZERO; LANES];
         let (xs, x_rest) = x.as_chunks::<LANES>();
         let (qs, q_rest) = q.as_chunks::<LANES>();
         for (x, q) in xs.iter().zip(qs) {
+            if FROM_MEMORY {
+                prefetch(x, AHEAD, LANES);
+            }
             for i in 0..LANES {
                 acc[i] += term(x[i], q[i]);
             }
@@ -46,13 +57,51 @@ fn sum_by<T: Copy, U: Copy, R: Real>(x: &[T], q: &[U], term: impl Fn(T, U) -> R)
 /// `24 u Σ|x_i q_i|`, u the unit roundoff of the arithmetic type.
 #[inline(always)]
 pub fn dot<T: Element>(x: &[T], q: &[T::Acc]) -> f64 {
-    sum_by(x, q, |x, q| x.load() * q)
+    sum_by::<true, _, _, _>(x, q, |x, q| x.load() * q)
+}
+
+/// [`dot`] of `x` with each of four vectors, to the same bits; `x` is loaded once.
+#[inline(always)]
+pub fn dots<T: Element>(x: &[T], q: [&[T::Acc]; 4]) -> [f64; 4] {
+    let mut totals = [0.0; 4];
+    for start in (0..x.len()).step_by(BLOCK) {
+        let end = (start + BLOCK).min(x.len());
+        // Four arrays by name: as an array of arrays they would live in memory, not in registers.
+        let [mut a, mut b, mut c, mut d] = [[T::Acc::ZERO; LANES]; 4];
+        let (xs, x_rest) = x[start..end].as_chunks::<LANES>();
+        let [p, q, r, s] = q.map(|q| q[start..end].as_chunks::<LANES>());
+        let vectors = p.0.iter().zip(q.0).zip(r.0.iter().zip(s.0));
+        for (x, ((p, q), (r, s))) in xs.iter().zip(vectors) {
+            prefetch(x, AHEAD, LANES);
+            for i in 0..LANES {
+                a[i] += x[i].load() * p[i];
+            }
+            for i in 0..LANES {
+                b[i] += x[i].load() * q[i];
+            }
+            for i in 0..LANES {
+                c[i] += x[i].load() * r[i];
+            }
+            for i in 0..LANES {
+                d[i] += x[i].load() * s[i];
+            }
+        }
+        for (acc, rest) in [(&mut a, p.1), (&mut b, q.1), (&mut c, r.1), (&mut d, s.1)] {
+            for ((a, x), q) in acc.iter_mut().zip(x_rest).zip(rest) {
+                *a += x.load() * *q;
+            }
+        }
+        for (total, acc) in totals.iter_mut().zip([a, b, c, d]) {
+            *total += tree(acc).to_f64();
+        }
+    }
+    totals
 }
 
 /// `Σ term(x_i)`, at most 22 additions deep in the type of the terms, then f64.
 #[inline(always)]
 pub fn sum_map<T: Copy, R: Real>(x: &[T], term: impl Fn(T) -> R) -> f64 {
-    sum_by(x, x, |x, _| term(x))
+    sum_by::<false, _, _, _>(x, x, |x, _| term(x))
 }
 
 /// `Σ x_i` with every addition in f64.

@@ -122,6 +122,7 @@ fn peak<T: Element>(block: &[T]) -> (T::Acc, bool) {
     let mut nan = [0u32; simd::LANES];
     let (chunks, rest) = block.as_chunks::<{ simd::LANES }>();
     for chunk in chunks {
+        simd::prefetch(chunk, 2 * BLOCK, simd::LANES);
         for (n, v) in nan.iter_mut().zip(chunk) {
             *n |= u32::from(v.load().is_nan());
         }

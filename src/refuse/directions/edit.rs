@@ -314,6 +314,26 @@ fn subtract_all<A: Real>(row: &mut [A], c: &[A], right: &[A]) {
     }
 }
 
+/// `scale (x·l_i − o_i)` of every vector, [`GROUP`] of them per sweep of the row.
+#[inline(always)]
+fn measure<T: Element>(edit: &Edit, left: &[T::Acc], scale: f64, row: &[T], out: &mut [T::Acc]) {
+    let width = row.len();
+    let at = |i: usize, dot: f64| T::Acc::from_f64(scale * (dot - edit.origin[i]));
+    let mut i = 0;
+    while i + GROUP <= out.len() {
+        let l = |k: usize| &left[(i + k) * width..(i + k + 1) * width];
+        let found = simd::dots(row, [l(0), l(1), l(2), l(3)]);
+        for k in 0..GROUP {
+            out[i + k] = at(i + k, found[k]);
+        }
+        i += GROUP;
+    }
+    while i < out.len() {
+        out[i] = at(i, simd::dot(row, &left[i * width..(i + 1) * width]));
+        i += 1;
+    }
+}
+
 #[inline(always)]
 fn edit_in_scratch<T: Element<Acc: Arithmetic>>(
     edit: &Edit,
@@ -330,10 +350,13 @@ fn edit_in_scratch<T: Element<Acc: Arithmetic>>(
     } else {
         0.0
     };
-    let left = typed.left.chunks_exact(row.len().max(1));
-    for ((c, l), o) in scratch.coefficients.iter_mut().zip(left).zip(&edit.origin) {
-        *c = T::Acc::from_f64(edit.scale * (simd::dot(wide, l) - o));
-    }
+    measure(
+        edit,
+        &typed.left,
+        edit.scale,
+        wide,
+        &mut scratch.coefficients,
+    );
     subtract_all(wide, &scratch.coefficients, typed.right());
     if let Some(shift) = &typed.shift {
         add(wide, shift);
@@ -369,13 +392,9 @@ impl<T: Element<Acc: Arithmetic>> Kernel for Coefficients<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
-        let width = self.edit.width.max(1);
         for (k, out) in self.out.chunks_exact_mut(self.edit.rank).enumerate() {
             let row = self.x.row(self.first + k);
-            let left = self.left.chunks_exact(width);
-            for ((c, l), o) in out.iter_mut().zip(left).zip(&self.edit.origin) {
-                *c = T::Acc::from_f64(simd::dot(row, l) - o);
-            }
+            measure(self.edit, self.left, 1.0, row, out);
         }
     }
 }
