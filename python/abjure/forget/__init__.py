@@ -28,6 +28,7 @@ from .losses import (
     sequence_logprobs,
     simnpo,
 )
+from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 
 __all__ = [
     "DIVERGENCES",
@@ -36,6 +37,8 @@ __all__ = [
     "Selection",
     "SelectionCurve",
     "SequenceLogprobs",
+    "SignUnlearning",
+    "WorstCase",
     "dampen_",
     "dampen_array_",
     "dpo",
@@ -54,4 +57,5 @@ __all__ = [
     "sequence_logprobs",
     "simnpo",
     "token_logprobs",
+    "worst_case_forget_set",
 ]
