@@ -7,6 +7,17 @@ Synaptic Dampening by it (:func:`dampen_`, :func:`dampen_array_`, :func:`selecti
 
 from __future__ import annotations
 
+from .corrective import (
+    CorrectiveCell,
+    CorrectiveReport,
+    CorrectiveTask,
+    Manipulation,
+    PatchTrigger,
+    corrective_benchmark,
+    poison,
+    shuffle_labels,
+    swap_classes,
+)
 from .dampen import DampenReport, Selection, SelectionCurve, dampen_, dampen_array_, selection_curve
 from .estimate import importance
 from .fisher import Fisher
@@ -32,13 +43,19 @@ from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 
 __all__ = [
     "DIVERGENCES",
+    "CorrectiveCell",
+    "CorrectiveReport",
+    "CorrectiveTask",
     "DampenReport",
     "Fisher",
+    "Manipulation",
+    "PatchTrigger",
     "Selection",
     "SelectionCurve",
     "SequenceLogprobs",
     "SignUnlearning",
     "WorstCase",
+    "corrective_benchmark",
     "dampen_",
     "dampen_array_",
     "dpo",
@@ -50,12 +67,15 @@ __all__ = [
     "kl_retain",
     "nll",
     "npo",
+    "poison",
     "prompt_decouple",
     "redi",
     "rmu",
     "selection_curve",
     "sequence_logprobs",
+    "shuffle_labels",
     "simnpo",
+    "swap_classes",
     "token_logprobs",
     "worst_case_forget_set",
 ]
