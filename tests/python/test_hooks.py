@@ -72,10 +72,9 @@ def test_recording_sees_the_residual_stream(name):
 def test_ablating_leaves_nothing_along_q(name, grad):
     model = build(name)
     q = direction(rank=2)
-    sites = ("pre", "attn", "mlp", "post") if name == "gemma2" else ("pre", "attn", "mlp")
     with (
         torch.set_grad_enabled(grad),
-        refuse.ablating(model, q, sites=sites),
+        refuse.ablating(model, q),
         refuse.recording(model) as pre,
         refuse.recording(model, site="post") as post,
     ):
@@ -338,3 +337,42 @@ def test_effects_on_a_real_model(smollm):
         assert bool((refuse.project(stream, d).abs() <= bound).all())
     assert not torch.equal(ablated, plain)
     assert not torch.equal(steered, plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_affine_ablation_pins_the_stream_to_the_origin(name):
+    model = build(name).double()
+    q, origin = direction(rank=2), direction(seed=5)
+    with (
+        torch.no_grad(),
+        refuse.ablating(model, q, origin=origin),
+        refuse.recording(model) as pre,
+        refuse.recording(model, site="post") as post,
+    ):
+        model(TOKENS)
+    want = torch.from_numpy(np.asarray(refuse.project(origin, q)))
+    for stream in [*pre.values(), *post.values()]:
+        torch.testing.assert_close(refuse.project(stream, q), want.expand(*stream.shape[:2], 2))
+
+
+def test_norm_preserving_ablation_keeps_the_length_of_the_stream():
+    model = build("llama").double()
+    q = direction()
+    with torch.no_grad(), refuse.recording(model) as plain, refuse.ablating(model, q, [0], sites="pre"):
+        model(TOKENS)
+    with (
+        torch.no_grad(),
+        refuse.ablating(model, q, [0], sites="pre", preserve_norm=True),
+        refuse.recording(model) as kept,
+    ):
+        model(TOKENS)
+    torch.testing.assert_close(kept[0].norm(dim=-1), plain[0].norm(dim=-1))
+    assert refuse.project(kept[0], q).abs().max() < 1e-12
+
+
+def test_a_bad_origin_is_refused_before_any_hook():
+    model = build("llama")
+    before = hooks_of(model)
+    with pytest.raises(abjure.ShapeError, match="origin"), refuse.ablating(model, direction(), origin=np.zeros(31)):
+        pass
+    assert hooks_of(model) == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .architectures import ARCHITECTURES, Architecture, Writer, residual_writers
+from .blocks import decoder_blocks
 from .calibrate import Threshold, calibrate_bias, calibrate_threshold
 from .contrast import Contrast, Eraser
 from .directions import (
@@ -13,7 +15,8 @@ from .directions import (
     project,
     steer_,
 )
-from .hooks import Recording, ablating, decoder_blocks, recording, steering
+from .hooks import Recording, ablating, recording, steering
+from .model_edit import ModelEditReport, orthogonalize_model_
 from .phrases import ForbiddenPhrases
 from .tokens import (
     RefusalTokens,
@@ -30,14 +33,18 @@ from .tokens import (
 from .weights import WeightReport, orthogonalize_
 
 __all__ = [
+    "ARCHITECTURES",
+    "Architecture",
     "Contrast",
     "Direction",
     "Eraser",
     "ForbiddenPhrases",
+    "ModelEditReport",
     "Recording",
     "RefusalTokens",
     "Threshold",
     "WeightReport",
+    "Writer",
     "ablate",
     "ablate_",
     "ablating",
@@ -51,9 +58,11 @@ __all__ = [
     "force_",
     "logit",
     "orthogonalize_",
+    "orthogonalize_model_",
     "orthonormal_basis",
     "project",
     "recording",
+    "residual_writers",
     "row_lse",
     "row_margin",
     "row_max_gap",

@@ -15,111 +15,43 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import ArgumentError, DTypeError, ShapeError
-from .directions import Direction, Edit, Site, _vectors, orthonormal_basis, steering_edit
+from .architectures import ARCHITECTURES, branch_modules, text_config
+from .blocks import Layers, select_modules
+from .directions import Direction, Edit, Site, _vector, _vectors, orthonormal_basis, steering_edit
+from .weights import gained_basis
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Layers = int | str | Sequence[int | str] | None
 Positions = int | slice | Sequence[int] | Literal["last"] | None
 
-#: Where the decoder blocks of the known families are, and what their branches are called.
-BLOCKS = (
-    "model.layers",  # Llama, Mistral, Qwen, Phi, Gemma, OLMo, DeepSeek, Mixtral, gpt-oss
-    "model.language_model.layers",  # multimodal wrappers
-    "language_model.model.layers",
-    "model.decoder.layers",  # OPT
-    "transformer.h",  # GPT-2, Falcon, Bloom
-    "transformer.blocks",  # MPT
-    "gpt_neox.layers",  # GPT-NeoX, Pythia
-    "layers",  # the bare decoders inside the above
-    "decoder.layers",
-    "h",
-)
+#: What the branches of a block are called where the family is not in the table.
 ATTENTION = ("self_attn", "attention", "attn", "self_attention", "linear_attn")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
 
 
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-        if module is None:
-            return None
-    return module
+def _branches(model: nn.Module, blocks: Iterable[nn.Module], site: str) -> list[tuple[nn.Module, Any]]:
+    """The modules of every block whose output a branch adds to the stream, each with the gain of the norm behind it.
 
-
-def decoder_blocks(model: nn.Module, blocks: str | None = None) -> tuple[str, nn.ModuleList]:
-    """The model's decoder blocks and the name of the list that holds them.
-
-    Args:
-        model: a Hugging Face decoder, a wrapper around one (PEFT), or any module when ``blocks`` is given.
-        blocks: dotted name of the ``nn.ModuleList``, for models that the table does not know.
+    By the table of architectures where the family is in it, else by the usual names of the branches.
 
     Raises:
-        DTypeError: ``model`` is not a torch module.
-        ArgumentError: no list of blocks is known; the message lists every module list of the model.
+        ArgumentError: a block has none: it would stay unedited.
     """
-    from torch import nn
-
-    if not isinstance(model, nn.Module):
-        raise DTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    roots = {"": model}
-    for prefix in ("base_model.model", "module", "_orig_mod"):
-        if (inner := _attribute(model, prefix)) is not None:
-            roots[f"{prefix}."] = inner
-    paths = BLOCKS if blocks is None else (blocks,)
-    for prefix, root in roots.items():
-        for path in paths:
-            found = _attribute(root, path)
-            if isinstance(found, nn.ModuleList) and len(found) > 0:
-                return prefix + path, found
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    wanted = "a known decoder" if blocks is None else f"a module list named {blocks!r}"
-    raise ArgumentError(f"model: expected {wanted}, got {type(model).__name__}; its module lists are {lists or 'none'}")
-
-
-def _select(model: nn.Module, layers: Layers, blocks: str | None) -> dict[int | str, nn.Module]:
-    """Layer keys, as the caller gave them, to modules."""
-    if isinstance(layers, (str, int, np.integer)):
-        layers = [layers]
-    if layers is not None and all(isinstance(name, str) for name in layers):
-        modules = dict(model.named_modules())
-        unknown = [name for name in layers if name not in modules]
-        if unknown:
-            raise ArgumentError(f"layers: expected names of modules, got {unknown[0]!r}")
-        return {name: modules[str(name)] for name in layers}
-    path, found = decoder_blocks(model, blocks)
-    if layers is None:
-        return dict(enumerate(found))
-    selected: dict[int | str, nn.Module] = {}
-    for layer in layers:
-        if isinstance(layer, str):
-            selected.update(_select(model, layer, blocks))
-            continue
-        if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
-            raise DTypeError(f"layers: expected integers or module names, got {layer!r}")
-        if not -len(found) <= layer < len(found):
-            raise ArgumentError(f"layers: expected -{len(found)} to {len(found) - 1} ({path}), got {layer}")
-        selected[int(layer) % len(found)] = found[int(layer)]
-    return selected
-
-
-def _branches(blocks: Iterable[nn.Module], names: Sequence[str], site: str) -> list[nn.Module]:
-    """The attention or MLP module of every block.
-
-    Raises:
-        ArgumentError: a block has none under a known name: it would stay unedited.
-    """
+    blocks = list(blocks)
+    if getattr(text_config(model), "model_type", None) in ARCHITECTURES:
+        return [
+            branch for block in blocks for branch in branch_modules(model, block, "attn" if site == "attn" else "mlp")
+        ]
     found = []
     for block in blocks:
+        names = ATTENTION if site == "attn" else MLP
         branch = next((b for name in names if (b := getattr(block, name, None)) is not None), None)
-        if branch is None and site == "mlp" and getattr(block, "fc2", None) is not None:
-            branch = block.fc2  # OPT keeps its MLP in the block itself
         if branch is None:
             children = [name for name, _ in block.named_children()]
             raise ArgumentError(f"sites: {type(block).__name__} has no known {site} branch among {children}")
-        found.append(branch)
+        found.append((branch, None))
     return found
 
 
@@ -266,7 +198,7 @@ def recording(
     def watch(layer: int | str) -> Callable[[Any], None]:
         return lambda hidden: record._store(layer, _at(hidden.detach(), index).clone())
 
-    modules = _select(model, layers, blocks)
+    modules = select_modules(model, layers, blocks)
     with _attached([lambda m=m, k=k: attach(m, watch(k)) for k, m in modules.items()]):  # type: ignore[misc]
         yield record
 
@@ -293,6 +225,8 @@ def ablating(
     layers: Layers = None,
     *,
     scale: float = 1.0,
+    origin: Any = None,
+    preserve_norm: bool = False,
     sites: Sequence[str] = ("pre", "attn", "mlp"),
     positions: Positions = None,
     blocks: str | None = None,
@@ -307,8 +241,13 @@ def ablating(
         q: a :class:`Direction`, ``(d,)`` or ``(k, d)``.
         layers: as in :func:`recording`; None for every block.
         scale: 1 removes, 2 reflects, negative values amplify.
-        sites: any of ``"pre"``, ``"attn"``, ``"mlp"``, ``"post"``. Where a norm follows a branch (Gemma 2 and 3) the
-            branch's own output is not what enters the stream: there add ``"post"``.
+        origin: ``(d,)``, the point whose component along ``q`` the stream gets instead of none (affine concept
+            editing, Marshall et al. 2024, with the mean of the negative class). Applies where the stream itself is
+            edited, ``"pre"`` and ``"post"``; what the branches add has no component then.
+        preserve_norm: rescale every edited row to the length it had.
+        sites: any of ``"pre"``, ``"attn"``, ``"mlp"``, ``"post"``. Where a norm follows a branch (Gemma 2 and 3,
+            OLMo 2, GLM-4), the branch is made orthogonal to ``q`` times that norm's gain, so that what enters the
+            stream is orthogonal to ``q``, as :func:`orthogonalize_model_` does in the weights.
         positions: token positions to edit, counted in each forward pass; None for all.
         blocks: dotted name of the list of blocks, for models the table does not know.
 
@@ -321,17 +260,25 @@ def ablating(
     if not sites or any(s not in known for s in sites):
         raise ArgumentError(f"sites: expected some of {known}, got {sites}")
     basis = orthonormal_basis(q)
-    edit = Edit(basis.shape[1], basis, scale=scale)
-    change = _edited(edit, _position_index(positions))
-    modules = list(_select(model, layers, blocks).values())
-    _check_width(model, edit.width)
+    width = basis.shape[1]
+    start = None if origin is None else _vector(origin, "origin", width)
+    index = _position_index(positions)
+    modules = list(select_modules(model, layers, blocks).values())
+    _check_width(model, width)
+    stream = _edited(Edit(width, basis, origin=start, scale=scale, preserve_norm=preserve_norm), index)
+    added = _edited(Edit(width, basis, scale=scale, preserve_norm=preserve_norm), index)
     attach: list[Callable[[], Any]] = []
     for site in sites:
         if site in ("pre", "post"):
-            register, targets = (_on_input if site == "pre" else _on_output), modules
-        else:
-            register, targets = _on_output, _branches(modules, ATTENTION if site == "attn" else MLP, site)
-        attach += [lambda m=m, register=register: register(m, change) for m in targets]  # type: ignore[misc]
+            register = _on_input if site == "pre" else _on_output
+            attach += [lambda m=m, register=register: register(m, stream) for m in modules]  # type: ignore[misc]
+            continue
+        for branch, gain in _branches(model, modules, site):
+            change = added
+            if gain is not None:
+                scaled = gained_basis(basis, gain, width)
+                change = _edited(Edit(width, scaled, scale=scale, preserve_norm=preserve_norm), index)
+            attach.append(lambda m=branch, change=change: _on_output(m, change))  # type: ignore[misc]
     with _attached(attach):
         yield
 
@@ -378,7 +325,7 @@ def steering(
     edit = steering_edit(vectors[0], vectors.shape[1], scale, unit=unit)
     change = _edited(edit, _position_index(positions))
     attach = _on_input if site == "pre" else _on_output
-    modules = _select(model, layers, blocks)
+    modules = select_modules(model, layers, blocks)
     _check_width(model, edit.width, "v")
     with _attached([lambda m=m: attach(m, change) for m in modules.values()]):  # type: ignore[misc]
         yield

@@ -80,7 +80,7 @@ def orthogonalize_(
         raise ArgumentError(f"norm_preserving: expected one of {_FORMS}, got {norm_preserving!r}")
     axis = _residual_axis(weight, axis)
     width = int(weight.shape[axis])
-    basis = _basis(q, post_gain, width)
+    basis = gained_basis(q, post_gain, width)
     scale = _finite(scale, "scale")
     if (path := device_path(weight, "orthogonalize_")) is not None:
         return path(weight, basis, axis, scale, norm_preserving)  # type: ignore[no-any-return]
@@ -118,7 +118,8 @@ def _residual_axis(weight: Any, axis: int) -> int:
     return int(axis) % ndim
 
 
-def _basis(q: Any, post_gain: Any, width: int) -> Vector:
+def gained_basis(q: Any, post_gain: Any, width: int) -> Vector:
+    """Orthonormal rows that span ``q``, or ``q`` times the gain where there is one."""
     vectors = _vectors(q, "q")
     if vectors.shape[1] != width:
         raise ShapeError(f"q: expected vectors of {width}, the residual axis of weight, got shape {vectors.shape}")
