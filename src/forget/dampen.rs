@@ -147,7 +147,7 @@ impl std::ops::AddAssign for Selection {
     }
 }
 
-/// Old values of the selected weights of one item: a bit per weight, and the values in order.
+/// Old values of the selected weights of one item while it is dampened: a bit per weight, and the values in order.
 #[derive(Debug, Clone)]
 struct Log<W> {
     first: usize,
@@ -155,14 +155,75 @@ struct Log<W> {
     old: Vec<W>,
 }
 
-impl<W: Copy> Log<W> {
+impl<W> Log<W> {
     fn bytes(&self) -> usize {
         size_of_val(&self.mask[..]) + self.old.capacity() * size_of::<W>()
     }
+}
 
-    /// (offset in the item, old value) of every selected weight.
+impl<W: Element> Log<W> {
+    /// As it is, for a call that keeps nothing afterwards.
+    fn kept(self) -> Kept<W> {
+        Kept {
+            first: self.first,
+            places: Places::Bits(self.mask),
+            old: self.old,
+        }
+    }
+
+    /// Only what changed (`w` holds the item's new values), in the smaller of two forms.
+    fn compact(self, w: &[W], done: Selection) -> Kept<W> {
+        let len = w.len();
+        let mut kept = self.kept();
+        if done.changed < kept.old.len() as u64 {
+            let moved = (kept.entries()).filter(|(i, old)| !same_bits(*old, w[*i]));
+            let (offsets, old): (Vec<u32>, Vec<W>) = moved.map(|(i, v)| (i as u32, v)).unzip();
+            (kept.places, kept.old) = (Places::Offsets(offsets), old);
+        }
+        kept.shrink(len);
+        kept
+    }
+}
+
+/// False wherever a NaN is involved: a product may change its payload.
+fn same_bits<W: Element>(a: W, b: W) -> bool {
+    let (a, b) = (a.load(), b.load());
+    a.bits() == b.bits() && !a.is_nan()
+}
+
+/// Where the weights of an item lie that an entry is kept of.
+#[derive(Debug, Clone)]
+enum Places {
+    /// A bit per weight of the item.
+    Bits(Vec<u64>),
+    /// Offsets in the item, ascending.
+    Offsets(Vec<u32>),
+}
+
+/// Old values of some weights of one item, in order.
+#[derive(Debug, Clone)]
+struct Kept<W> {
+    first: usize,
+    places: Places,
+    old: Vec<W>,
+}
+
+impl<W: Copy> Kept<W> {
+    fn bytes(&self) -> usize {
+        let places = match &self.places {
+            Places::Bits(mask) => size_of_val(&mask[..]),
+            Places::Offsets(offsets) => size_of_val(&offsets[..]),
+        };
+        places + size_of_val(&self.old[..])
+    }
+
+    /// (offset in the item, old value) of every entry.
     fn entries(&self) -> impl Iterator<Item = (usize, W)> + '_ {
-        let bits = self.mask.iter().enumerate().flat_map(|(k, word)| {
+        let (mask, offsets): (&[u64], &[u32]) = match &self.places {
+            Places::Bits(mask) => (mask, &[]),
+            Places::Offsets(offsets) => (&[], offsets),
+        };
+        let bits = mask.iter().enumerate().flat_map(|(k, word)| {
             let mut rest = *word;
             std::iter::from_fn(move || {
                 let bit = (rest != 0).then(|| rest.trailing_zeros() as usize)?;
@@ -170,21 +231,42 @@ impl<W: Copy> Log<W> {
                 Some(k * BLOCK + bit)
             })
         });
-        bits.zip(self.old.iter().copied())
+        let offsets = offsets.iter().map(|i| *i as usize);
+        bits.chain(offsets).zip(self.old.iter().copied())
+    }
+
+    /// Takes the smaller form of the places of an item of `len` weights, and gives back spare memory.
+    fn shrink(&mut self, len: usize) {
+        let sparse = self.old.len() * u32::BITS as usize <= len;
+        match &self.places {
+            Places::Bits(_) if sparse => {
+                let offsets = self.entries().map(|(i, _)| i as u32).collect();
+                self.places = Places::Offsets(offsets);
+            }
+            Places::Offsets(offsets) if !sparse => {
+                let mut mask = vec![0u64; len.div_ceil(BLOCK)];
+                for i in offsets {
+                    mask[*i as usize / BLOCK] |= 1 << (*i as usize % BLOCK);
+                }
+                self.places = Places::Bits(mask);
+            }
+            _ => {}
+        }
+        self.old.shrink_to_fit();
     }
 }
 
-/// The old values of every weight that a call selected: restores them bit for bit.
+/// The old values of every weight that a call changed: restores them bit for bit.
 #[derive(Debug, Clone)]
 pub struct Patch<W> {
     shape: (usize, usize),
-    logs: Vec<Log<W>>,
+    kept: Vec<Kept<W>>,
 }
 
 impl<W: Element> Patch<W> {
     /// Weights recorded.
     pub fn len(&self) -> usize {
-        self.logs.iter().map(|l| l.old.len()).sum()
+        self.kept.iter().map(|l| l.old.len()).sum()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -193,7 +275,50 @@ impl<W: Element> Patch<W> {
 
     /// Memory held.
     pub fn bytes(&self) -> usize {
-        self.logs.iter().map(Log::bytes).sum()
+        self.kept.iter().map(Kept::bytes).sum()
+    }
+
+    /// (flat index in logical order, old value), ascending.
+    pub fn entries(&self) -> impl Iterator<Item = (usize, W)> + '_ {
+        (self.kept.iter()).flat_map(|k| k.entries().map(|(i, v)| (k.first + i, v)))
+    }
+
+    /// The reverse of [`Patch::entries`], for a tensor of `shape` rows and columns.
+    ///
+    /// # Errors
+    /// `Shape` unless there is one value per index; `Value` unless the indices ascend and lie inside.
+    pub fn from_entries(shape: (usize, usize), indices: &[u64], old: &[W]) -> Result<Self> {
+        if indices.len() != old.len() {
+            return Err(Error::shape(
+                "old",
+                format!("{} values", indices.len()),
+                old.len(),
+            ));
+        }
+        let size = (shape.0 * shape.1) as u64;
+        if let Some(pair) = indices.windows(2).find(|w| w[0] >= w[1]) {
+            let found = format!("{} before {}", pair[0], pair[1]);
+            return Err(Error::value("indices", "ascending indices", found));
+        }
+        if let Some(last) = indices.last().filter(|i| **i >= size) {
+            return Err(Error::value("indices", format!("below {size}"), last));
+        }
+        let mut kept = Vec::new();
+        let mut at = 0;
+        while let Some(first) = indices.get(at) {
+            let first = *first as usize / ITEM * ITEM;
+            let n = indices[at..].partition_point(|i| (*i as usize) < first + ITEM);
+            let offsets = indices[at..at + n].iter();
+            let mut item = Kept {
+                first,
+                places: Places::Offsets(offsets.map(|i| (*i as usize - first) as u32).collect()),
+                old: old[at..at + n].to_vec(),
+            };
+            item.shrink(ITEM.min(size as usize - first));
+            kept.push(item);
+            at += n;
+        }
+        Ok(Self { shape, kept })
     }
 
     /// Writes the recorded values back.
@@ -209,9 +334,7 @@ impl<W: Element> Patch<W> {
                 format!("{} rows of {}", found.0, found.1),
             ));
         }
-        let mut entries = (self.logs.iter())
-            .flat_map(|log| log.entries().map(|(i, v)| (log.first + i, v)))
-            .peekable();
+        let mut entries = self.entries().peekable();
         let mut runs = weights.into_runs(ITEM.div_ceil(found.1.max(1)));
         runs.sort_by_key(|r| r.first);
         for run in runs {
@@ -233,8 +356,22 @@ pub enum Mode {
     Recorded,
 }
 
-/// A piece of the three arrays at the same logical place.
+/// The arrays of one tensor, of one shape.
+pub struct Tensor<'a, W, I> {
+    pub weights: RowsMut<'a, W>,
+    pub forget: Rows<'a, I>,
+    pub retain: Rows<'a, I>,
+}
+
+/// What was done to one tensor, and what undoes it if that was asked for.
+pub type Done<W> = (Selection, Option<Patch<W>>);
+
+/// An error, and the index of the tensor it was found in.
+pub type Failure = (usize, Error);
+
+/// A piece of the three arrays of one tensor at the same logical place.
 struct Piece<'a, W, I> {
+    tensor: usize,
     first: usize,
     w: &'a mut [W],
     f: &'a [I],
@@ -242,7 +379,12 @@ struct Piece<'a, W, I> {
 }
 
 /// Cuts the arrays into pieces of at most [`ITEM`] weights, in logical order.
-fn pieces<'a, W, I>(w: RowsMut<'a, W>, f: &Rows<'a, I>, d: &Rows<'a, I>) -> Vec<Piece<'a, W, I>> {
+fn pieces<'a, W, I>(
+    tensor: usize,
+    w: RowsMut<'a, W>,
+    f: &Rows<'a, I>,
+    d: &Rows<'a, I>,
+) -> Vec<Piece<'a, W, I>> {
     let width = w.width();
     let flat = f.as_contiguous().zip(d.as_contiguous());
     let max_rows = if flat.is_some() {
@@ -261,6 +403,7 @@ fn pieces<'a, W, I>(w: RowsMut<'a, W>, f: &Rows<'a, I>, d: &Rows<'a, I>) -> Vec<
         for (k, ((w, f), d)) in run.data.chunks_mut(ITEM).zip(f).zip(d).enumerate() {
             let (f, d) = (&f[..w.len()], &d[..w.len()]);
             out.push(Piece {
+                tensor,
                 first: first + k * ITEM,
                 w,
                 f,
@@ -279,9 +422,9 @@ fn acceptable<I: Real>(f: I, d: I) -> bool {
 }
 
 /// All importances of an item are acceptable.
-struct Check<'a, I> {
-    f: &'a [I],
-    d: &'a [I],
+pub(super) struct Check<'a, I> {
+    pub(super) f: &'a [I],
+    pub(super) d: &'a [I],
 }
 
 impl<I: Real> Kernel for Check<'_, I> {
@@ -609,16 +752,17 @@ impl<W: Element, I: Real> Kernel for Dampen<'_, '_, W, I> {
 }
 
 enum Outcome<W> {
-    Done(Selection, Log<W>),
+    Done(Selection, Kept<W>),
     /// The log was full; the importances were checked and nothing was written.
     Checked,
-    Bad(Option<Log<W>>),
+    Bad(Option<Kept<W>>),
     /// Another item had failed before this one began.
     Skipped,
 }
 
 /// Limits shared by the items of one guarded pass.
 struct Guard {
+    mode: Mode,
     log_bytes_left: AtomicUsize,
     failed: AtomicBool,
 }
@@ -652,15 +796,18 @@ impl Guard {
                 if log.old.is_empty() {
                     log.mask = Vec::new();
                 }
+                if self.mode == Mode::Recorded {
+                    return Outcome::Done(done, log.compact(p.w, done));
+                }
                 let bytes = log.bytes();
                 let _ = self
                     .log_bytes_left
                     .fetch_update(Relaxed, Relaxed, |left| Some(left.saturating_sub(bytes)));
-                Outcome::Done(done, log)
+                Outcome::Done(done, log.kept())
             }
             None => {
                 self.failed.store(true, Relaxed);
-                Outcome::Bad(Some(log))
+                Outcome::Bad(Some(log.kept()))
             }
         }
     }
@@ -680,59 +827,85 @@ pub fn dampen<W: Element, I: Real>(
     retain: &Rows<'_, I>,
     spec: &RuleSpec,
     mode: Mode,
-) -> Result<(Selection, Option<Patch<W>>)> {
-    let rule = spec.rule::<I>()?;
-    let shape = (weights.rows(), weights.width());
-    expect_shape("forget", forget, shape)?;
-    expect_shape("retain", retain, shape)?;
-    let n = shape.0 * shape.1;
+) -> Result<Done<W>> {
+    let (forget, retain) = (forget.clone(), retain.clone());
+    let tensor = Tensor {
+        weights,
+        forget,
+        retain,
+    };
+    let mut found = dampen_all(vec![tensor], spec, mode).map_err(|(_, error)| error)?;
+    Ok(found.pop().unwrap_or_default())
+}
+
+/// As [`dampen`] for all tensors of a model at once: the pieces of all of them are shared out among the threads, and
+/// one error leaves all of them as they were. The tensors do not share memory.
+///
+/// # Errors
+/// As [`dampen`], with the index of the tensor.
+pub fn dampen_all<W: Element, I: Real>(
+    tensors: Vec<Tensor<'_, W, I>>,
+    spec: &RuleSpec,
+    mode: Mode,
+) -> std::result::Result<Vec<Done<W>>, Failure> {
+    let rule = spec.rule::<I>().map_err(|error| (0, error))?;
+    let mut n = 0;
+    for (k, t) in tensors.iter().enumerate() {
+        let shape = (t.weights.rows(), t.weights.width());
+        expect_shape("forget", &t.forget, shape).map_err(|error| (k, error))?;
+        expect_shape("retain", &t.retain, shape).map_err(|error| (k, error))?;
+        n += shape.0 * shape.1;
+    }
     let bytes = n * (size_of::<W>() + 2 * size_of::<I>());
     let budget = match mode {
         Mode::Guarded => (n * size_of::<W>() / LOG_SHARE).max(LOG_MIN),
         Mode::Recorded => usize::MAX,
     };
     let guard = Guard {
+        mode,
         log_bytes_left: AtomicUsize::new(budget),
         failed: AtomicBool::new(false),
     };
-    let mut pieces = pieces(weights, forget, retain);
-    let outcomes = par::map(bytes, pieces.iter_mut().collect(), |p| guard.item(p, rule));
-    if guard.failed.into_inner() {
-        undo(&mut pieces, &outcomes);
-        check(forget, retain)?;
-        return Err(Error::degenerate(
-            "forget",
-            "the importances changed while they were read",
-        ));
+    let (mut all, mut found, mut importances) = (Vec::new(), Vec::new(), Vec::new());
+    for (k, t) in tensors.into_iter().enumerate() {
+        let shape = (t.weights.rows(), t.weights.width());
+        let kept = Vec::new();
+        let patch = (mode == Mode::Recorded).then_some(Patch { shape, kept });
+        found.push((Selection::default(), patch));
+        all.extend(pieces(k, t.weights, &t.forget, &t.retain));
+        importances.push((t.forget, t.retain));
     }
-    let mut total = Selection::default();
-    let (mut logs, mut waiting) = (Vec::new(), Vec::new());
-    for (piece, outcome) in pieces.into_iter().zip(outcomes) {
+    let outcomes = par::map(bytes, all.iter_mut().collect(), |p| guard.item(p, rule));
+    if guard.failed.into_inner() {
+        undo(&mut all, &outcomes);
+        for (k, (forget, retain)) in importances.iter().enumerate() {
+            check(forget, retain).map_err(|error| (k, error))?;
+        }
+        let reason = "the importances changed while they were read";
+        return Err((0, Error::degenerate("forget", reason)));
+    }
+    let mut waiting = Vec::new();
+    for (piece, outcome) in all.into_iter().zip(outcomes) {
+        let (total, patch) = &mut found[piece.tensor];
         match outcome {
-            Outcome::Done(done, log) => {
-                total += done;
-                logs.push(log);
+            Outcome::Done(done, kept) => {
+                *total += done;
+                if let Some(patch) = patch
+                    && !kept.old.is_empty()
+                {
+                    patch.kept.push(kept);
+                }
             }
             _ => waiting.push(piece),
         }
     }
-    if mode == Mode::Recorded {
-        logs.retain(|log| !log.old.is_empty());
-        return Ok((total, Some(Patch { shape, logs })));
-    }
-    drop(logs);
-    for done in par::map(bytes, waiting, |p| {
-        dispatch(Dampen {
-            w: p.w,
-            f: p.f,
-            d: p.d,
-            rule,
-            log: None,
-        })
+    for (tensor, done) in par::map(bytes, waiting, |p| {
+        let (w, f, d, log) = (p.w, p.f, p.d, None);
+        (p.tensor, dispatch(Dampen { w, f, d, rule, log }))
     }) {
-        total += done.unwrap_or_default();
+        found[tensor].0 += done.unwrap_or_default();
     }
-    Ok((total, None))
+    Ok(found)
 }
 
 /// What [`dampen`] would do, with nothing written.
@@ -851,7 +1024,7 @@ impl<I: Real> Kernel for Curve<'_, I> {
 }
 
 /// Rows cut into pieces of at most [`ITEM`] elements.
-fn cuts((rows, width): (usize, usize)) -> Vec<(usize, std::ops::Range<usize>)> {
+pub(super) fn cuts((rows, width): (usize, usize)) -> Vec<(usize, std::ops::Range<usize>)> {
     (0..rows)
         .flat_map(|row| par::ranges(width, ITEM).into_iter().map(move |r| (row, r)))
         .collect()
@@ -870,8 +1043,8 @@ fn expect_shape<T>(arg: &'static str, x: &Rows<'_, T>, shape: (usize, usize)) ->
 
 fn undo<W: Element, I>(pieces: &mut [Piece<'_, W, I>], outcomes: &[Outcome<W>]) {
     for (piece, outcome) in pieces.iter_mut().zip(outcomes) {
-        if let Outcome::Done(_, log) | Outcome::Bad(Some(log)) = outcome {
-            for (i, old) in log.entries() {
+        if let Outcome::Done(_, kept) | Outcome::Bad(Some(kept)) = outcome {
+            for (i, old) in kept.entries() {
                 piece.w[i] = old;
             }
         }

@@ -3,3 +3,4 @@
 pub mod dampen;
 pub mod fisher;
 pub mod logprobs;
+pub mod ratio;

@@ -262,6 +262,38 @@ impl<'py> Array<'py> {
     }
 }
 
+/// `Err`, with the index of the array, if one of `written` shares memory with another or with one of `read`.
+pub fn expect_all_disjoint(
+    written: &[Array<'_>],
+    read: &[&Array<'_>],
+) -> std::result::Result<(), (usize, Error)> {
+    let mut spans: Vec<_> = (written.iter().enumerate())
+        .map(|(k, a)| (a.extent(), k))
+        .filter(|((start, end), _)| start < end)
+        .collect();
+    spans.sort_unstable();
+    let shared = |k: usize, with: &str| {
+        let reason = format!("shares memory with {with}");
+        Err((k, Error::layout(written[k].arg, reason)))
+    };
+    for pair in spans.windows(2) {
+        if pair[1].0.0 < pair[0].0.1 {
+            return shared(pair[1].1, "another tensor");
+        }
+    }
+    for other in read {
+        let (start, end) = other.extent();
+        let next = spans.partition_point(|((_, e), _)| *e <= start);
+        if let Some(((s, _), k)) = spans.get(next)
+            && start < end
+            && *s < end
+        {
+            return shared(*k, other.arg);
+        }
+    }
+    Ok(())
+}
+
 /// # Safety
 /// `data` is valid for reading `len` elements for `'a`, or `len` is 0.
 unsafe fn slice<'a, T>(data: *const T, len: usize) -> &'a [T] {

@@ -1,6 +1,9 @@
 """dampen_array_, dampen_ and selection_curve against NumPy and torch oracles, and what they refuse."""
 
+import contextlib
 import re
+import signal
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +14,8 @@ from hypothesis import strategies as st
 
 import abjure
 from abjure import _native
-from abjure.forget import Fisher, Selection, dampen_, dampen_array_, selection_curve
+from abjure.forget import DampenPatch, Fisher, Selection, dampen_, dampen_array_, selection_curve
+from abjure.forget.patch import held_interrupt
 from abjure.integrations.torch import DEVICE_PATHS
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
@@ -306,7 +310,7 @@ def test_every_selected_factor_is_below_lambda_over_alpha():
 def test_bad_models_and_importances_modify_nothing(undo):
     w = {"a": np.ones(3, np.float32), "b": np.ones((2, 2), np.float32)}
     ones = {n: np.ones_like(v) for n, v in w.items()}
-    zeros = {n: np.zeros_like(v) for n, v in w.items()}
+    zeros = {n: np.full_like(v, 0.01) for n, v in w.items()}
     late = dict(ones, b=np.array([[1, 1], [1, np.nan]], np.float32))
     cases = [
         (w, late, zeros, {}, abjure.NonFiniteError, "'b'.*index 3"),
@@ -319,6 +323,12 @@ def test_bad_models_and_importances_modify_nothing(undo):
         (w, ones, zeros, {"alpha": -1}, abjure.ArgumentError, "alpha"),
         (w, Fisher(), Fisher(), {}, abjure.ArgumentError, "count of 0"),
         (w, [1], zeros, {}, abjure.DTypeError, "forget"),
+        (w, ones, {n: 0 * v for n, v in zeros.items()}, {}, abjure.ArgumentError, "retain.*0 everywhere"),
+        (w, ones, zeros, {"full": zeros}, abjure.ArgumentError, "retain, full.*both"),
+        (w, ones, None, {}, abjure.ArgumentError, "retain, full.*neither"),
+        (w, ones, zeros, {"alpha": "adaptive"}, abjure.ArgumentError, "forget_size"),
+        (w, ones, zeros, {"alpha": "percentile"}, abjure.ArgumentError, "'adaptive'"),
+        (w, ones, zeros, {"min_factor": 2.0}, abjure.ArgumentError, "max_factor"),
         (3, ones, zeros, {}, abjure.DTypeError, "model"),
         (dict(w, b=np.ones((2, 2), np.int32)), ones, zeros, {}, abjure.DTypeError, "'b'.*int32"),
     ]  # fmt: skip
@@ -386,3 +396,282 @@ def test_undo_checks_what_it_is_given():
         report.undo({"body.weight": model.body.weight.detach()})
     with pytest.raises(abjure.DTypeError, match="weights"):
         report.undo(Tied(torch.float16))
+
+
+def bits(w):
+    """The bits of every tensor, for comparisons that tell NaNs and zeros apart."""
+    return {n: (v.detach().clone().numpy() if isinstance(v, torch.Tensor) else v).tobytes() for n, v in w.items()}
+
+
+def mixed(seed=0, n=40_000):
+    """Tensors of all dtypes and of layouts with and without rows, with NaN, zeros of both signs and importances 0."""
+    rng = np.random.default_rng(seed)
+    w = {
+        "f32": rng.normal(size=(n // 100, 100)).astype(np.float32),
+        "f64": rng.normal(size=n // 4),
+        "f16": rng.normal(size=(3, 7)).astype(np.float16),
+        "bf16": rng.normal(size=(50, 21)).astype(ml_dtypes.bfloat16),
+        "scalar": np.array(0.5, np.float32),
+        "empty": np.zeros((0, 4), np.float32),
+        "columns": rng.normal(size=(40, 60)).astype(np.float32).T,
+        "strided": rng.normal(size=(30, 80)).astype(np.float32)[:, ::2],
+    }
+    w["f32"][:2] = [[0.0, -0.0] * 50, [np.nan, 1.0] * 50]
+    f = {k: np.asarray(rng.random(v.shape), dtype=np.float32) for k, v in w.items()}
+    d = {k: np.asarray(rng.random(v.shape), dtype=np.float32) for k, v in w.items()}
+    d["f32"][5] = 0
+    return w, f, d
+
+
+@pytest.mark.parametrize("alpha", [0.5, 5.0, 2000.0])
+def test_patch_holds_only_what_changed_and_gives_back_the_bits(alpha, tmp_path):
+    w, f, d = mixed()
+    before, old = bits(w), {n: v.copy() for n, v in w.items()}
+    report = dampen_(w, f, d, alpha, 0.9)
+    after = bits(w)
+    assert report.total.count > 0
+    kinds = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+    for name, v in w.items():
+        kind = kinds[v.itemsize]
+        was, now = (np.ascontiguousarray(x).view(kind).ravel() for x in (old[name], v))
+        indices, kept = report.patch.entries(name)
+        # A NaN that was selected may come back with other bits: it is kept whether it does or not.
+        moved = np.flatnonzero((was != now) | (np.isnan(np.ravel(old[name])) & np.isin(np.arange(v.size), indices)))
+        assert indices.tolist() == moved.tolist()
+        assert kept.tolist() == was[moved].tolist()
+    entries = len(report.patch)
+    assert entries >= report.total.changed
+    size = report.size
+    assert report.patch.nbytes <= entries * 12 + size // 8 + 64
+    file = tmp_path / "patch.safetensors"
+    report.patch.save(file)
+    assert file.stat().st_size < entries * 12 + 4096
+    loaded = DampenPatch.load(file)
+    assert loaded.names == list(w)
+    assert (len(loaded), loaded.nbytes) == (entries, report.patch.nbytes)
+    loaded.restore(w)
+    assert bits(w) == before
+    dampen_(w, f, d, alpha, 0.9, undo=False)
+    assert bits(w) == after
+    report.undo(w)
+    assert bits(w) == before
+
+
+def test_sparse_patches_are_smaller_than_a_bit_per_weight():
+    rng = np.random.default_rng(0)
+    w = {"w": rng.normal(size=1_000_000).astype(np.float32)}
+    f, d = ({"w": rng.random(1_000_000).astype(np.float32)} for _ in range(2))
+    report = dampen_(w, f, d, 500.0)
+    assert 100 < report.total.count < 10_000
+    assert report.patch.nbytes == 8 * report.total.count
+
+
+def test_patch_files_and_models_that_do_not_fit(tmp_path):
+    w, f, d = mixed()
+    report = dampen_(w, f, d, 1.0)
+    damped = bits(w)
+    with pytest.raises(abjure.ArgumentError, match="'f64'"):
+        report.undo({n: v for n, v in w.items() if n != "f64"})
+    with pytest.raises(abjure.ShapeError, match="'bf16'"):
+        report.undo(w | {"bf16": w["bf16"][1:]})
+    frozen = w["f64"].copy()
+    frozen.flags.writeable = False
+    with pytest.raises(abjure.LayoutError, match="'f64'"):
+        report.undo(w | {"f64": frozen})
+    assert bits(w) == damped
+    file = tmp_path / "p.safetensors"
+    report.patch.save(file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(abjure.ArgumentError, match="patch file"):
+        DampenPatch.load(file)
+    fishers(Tied())[0].save(file)
+    with pytest.raises(abjure.ArgumentError, match=r"abjure\.patch"):
+        DampenPatch.load(file)
+    with pytest.raises(abjure.ArgumentError, match="patch file"):
+        DampenPatch.load(tmp_path / "none")
+    one = np.array([1], np.uint32)
+    for indices, values, error in (
+        ([2, 1], 2, "ascend"),
+        ([1, 1], 2, "ascend"),
+        ([9], 1, "below 4"),
+        ([1, 2], 1, "got 1"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            _native.Patch.from_entries([2, 2], "float32", np.array(indices, np.uint64), one.repeat(values))
+    with pytest.raises(abjure.ArgumentError, match="float8"):
+        _native.Patch.from_entries([2, 2], "float8", np.array([1], np.uint64), one)
+
+
+def test_patch_of_a_tensor_elsewhere_is_the_same():
+    """The torch form, on the CPU: same entries, and each restores what the other recorded."""
+    from abjure.integrations.torch import TorchPatch
+
+    rng = np.random.default_rng(1)
+    for dtype in TORCH:
+        w = torch.tensor(rng.normal(size=(40, 30))).to(dtype)
+        f, d = (torch.tensor(rng.random((40, 30)), dtype=torch.float32) for _ in range(2))
+        before, other = w.clone(), w.clone()
+        report = dampen_({"w": w}, {"w": f}, {"w": d}, 0.5, 0.7)
+        numbers = (0.5, 0.7, 1.0, 1.0, 0.0)
+        _, patch = DEVICE_PATHS["dampen_array_"](other, f, d, *numbers, record=True)
+        ours, theirs = report.patch.entries("w"), patch.entries()
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
+        DampenPatch({"w": patch}).restore({"w": w})
+        TorchPatch.of(report.patch._patches["w"], "cpu").restore(other)
+        assert torch.equal(w, before)
+        assert torch.equal(other, before)
+
+
+def test_one_call_for_all_tensors_as_one_call_for_each():
+    w, f, d = mixed(2)
+    expected = {n: v.copy(order="K") for n, v in w.items()}
+    counts = {n: dampen_array_(expected[n], f[n], d[n], 2.0, 0.5, min_factor=0.125) for n in w}
+    for threads in (1, 3):
+        got = {n: v.copy(order="K") for n, v in w.items()}
+        before = abjure.get_num_threads()
+        try:
+            abjure.set_num_threads(threads)
+            report = dampen_(got, f, d, 2.0, 0.5, min_factor=0.125)
+        finally:
+            abjure.set_num_threads(before)
+        assert bits(got) == bits(expected)
+        assert {n: (report.selected[n], report.changed[n], report.zeroed[n]) for n in w} == counts
+        assert report.total.zeroed == 0
+
+
+@pytest.mark.parametrize("undo", [True, False])
+@pytest.mark.parametrize("where", ["f32", "strided", "bf16"])
+def test_an_error_in_any_tensor_leaves_all_untouched(undo, where):
+    """A bad importance at the end of one tensor, found while others, of other dtypes too, have been written."""
+    w, f, d = mixed(3)
+    before = bits(w)
+    f[where][-1, -1] = np.nan
+    with pytest.raises(abjure.NonFiniteError, match=f"'{where}'.*forget"):
+        dampen_(w, f, d, 1.0, undo=undo)
+    assert bits(w) == before
+
+
+def test_memory_shared_with_an_importance_is_refused():
+    w, f, d = mixed(4)
+    before = bits(w)
+    f["f32"] = w["f32"]
+    with pytest.raises(abjure.LayoutError, match=r"'f32'.*shares memory with forget"):
+        dampen_(w, f, d)
+    assert bits(w) == before
+    a, b = np.ones(6, np.float32), np.zeros(3, np.float32)
+    with pytest.raises(abjure.LayoutError, match="another tensor"):
+        _native.dampen_all([a[:3], a[2:5]], [b + 1, b + 1], [b, b], 1, 1, 1, 1, 0, 1, 1, False, False)
+    assert (a == 1).all()
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_ctrl_c_leaves_all_or_nothing(undo):
+    """The signal arrives from another thread at different times around the writing."""
+    for delay in (0.0, 0.001, 0.003, 0.006, 0.012, 0.025, 0.05):
+        rng = np.random.default_rng(0)
+        w = {f"w{k}": rng.normal(size=300_000).astype(np.float32) for k in range(8)}
+        f, d = ({n: rng.random(v.shape).astype(np.float32) for n, v in w.items()} for _ in range(2))
+        before = bits(w)
+        full = {n: v.copy() for n, v in w.items()}
+        dampen_(full, f, d, 0.5)
+        signals = threading.Timer(delay, signal.raise_signal, (signal.SIGINT,))
+        main = signal.getsignal(signal.SIGINT)
+        with contextlib.suppress(KeyboardInterrupt):
+            signals.start()
+            dampen_(w, f, d, 0.5, undo=undo)
+            signals.join()
+        signals.join()
+        assert signal.getsignal(signal.SIGINT) is main
+        assert bits(w) in (before, bits(full))
+
+
+def test_ctrl_c_while_the_kernel_runs(monkeypatch):
+    """Just before and just after the native call: held back, then raised with the model restored (or finished)."""
+    model = Tied()
+    forget, retain = fishers(model)
+    before = bits(dict(model.named_parameters()))
+    real = _native.dampen_all
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        found = real(*args)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(_native, "dampen_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dampen_(model, forget, retain, 1.0)
+    assert bits(dict(model.named_parameters())) == before
+    with pytest.raises(KeyboardInterrupt):
+        dampen_(model, forget, retain, 1.0, undo=False)
+    monkeypatch.undo()
+    dampened = bits(dict(model.named_parameters()))
+    other = {n: np.frombuffer(b, np.float32).copy() for n, b in before.items()}
+    dampen_(other, {n: forget[n].ravel() for n in other}, {n: retain[n].ravel() for n in other}, 1.0)
+    assert bits(other) == dampened
+
+
+def test_held_interrupts_are_raised_at_the_end_and_nest():
+    reached = []
+
+    def nested():
+        with held_interrupt() as outer:
+            with held_interrupt() as inner:
+                signal.raise_signal(signal.SIGINT)
+                reached.append(inner.pending)
+            reached.append(outer.pending)
+
+    with pytest.raises(KeyboardInterrupt):
+        nested()
+    assert reached == [True, True]
+    done = []
+    worker = threading.Thread(target=lambda: done.append(held_interrupt().__enter__().pending))
+    worker.start()
+    worker.join()
+    assert done == [False]
+
+
+def test_counts_by_module():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 4), torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    )
+    forget, retain = fishers(model)
+    report = dampen_(model, forget, retain, 1.0, dry_run=True)
+    leaves = report.by_module()
+    assert list(leaves) == ["0", "1.0", "1.1"]
+    assert leaves["1.0"].size == 4 * 3 + 3
+    assert leaves["1.0"].selected == report.selected["1.0.weight"] + report.selected["1.0.bias"]
+    blocks = report.by_module(1)
+    assert list(blocks) == ["0", "1"]
+    assert blocks["1"] == tuple(a + b for a, b in zip(leaves["1.0"], leaves["1.1"], strict=True))
+    with pytest.raises(abjure.ArgumentError, match="depth"):
+        report.by_module(0)
+
+
+def test_full_says_that_it_includes_the_forget_set():
+    rng = np.random.default_rng(0)
+    forget, everything = Fisher("sample"), Fisher("sample")
+    for k in range(10):
+        g = rng.normal(size=5).astype(np.float32)
+        everything.update({"w": g})
+        if k < 2:
+            forget.update({"w": g})
+    w = {"w": np.ones(5, np.float32)}
+    with pytest.warns(UserWarning, match=r"full includes.*= 5, not above alpha = 5"):
+        dampen_(w, forget, full=everything, alpha=5.0)
+    assert dampen_(w, forget, full=everything, alpha=0.5, dry_run=True).total.count > 0
+
+
+def test_powers_must_agree():
+    """Squares and absolute values never meet; any Fisher that says its power is asked for it."""
+
+    class Absolute(Fisher):
+        power = 1
+
+    model = Tied()
+    retain = fishers(model)[1]
+    forget = Absolute().update({n: torch.ones_like(p) for n, p in model.named_parameters()})
+    before = bits(dict(model.named_parameters()))
+    with pytest.raises(abjure.ArgumentError, match="power 1"):
+        dampen_(model, forget, retain)
+    assert bits(dict(model.named_parameters())) == before

@@ -7,6 +7,7 @@ Synaptic Dampening by it (:func:`dampen_`, :func:`dampen_array_`, :func:`selecti
 
 from __future__ import annotations
 
+from .adaptive import AdaptiveAlpha, adaptive_alpha
 from .corrective import (
     CorrectiveCell,
     CorrectiveReport,
@@ -21,6 +22,7 @@ from .corrective import (
 from .dampen import DampenReport, Selection, SelectionCurve, dampen_, dampen_array_, selection_curve
 from .estimate import importance
 from .fisher import Fisher
+from .jit import JitReport, jit_
 from .logprobs import token_logprobs
 from .losses import (
     DIVERGENCES,
@@ -39,22 +41,31 @@ from .losses import (
     sequence_logprobs,
     simnpo,
 )
+from .patch import DampenPatch
+from .search import DampenSearch, PotionReport, SearchPoint, potion_, search_dampening
 from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 
 __all__ = [
     "DIVERGENCES",
+    "AdaptiveAlpha",
     "CorrectiveCell",
     "CorrectiveReport",
     "CorrectiveTask",
+    "DampenPatch",
     "DampenReport",
+    "DampenSearch",
     "Fisher",
+    "JitReport",
     "Manipulation",
     "PatchTrigger",
+    "PotionReport",
+    "SearchPoint",
     "Selection",
     "SelectionCurve",
     "SequenceLogprobs",
     "SignUnlearning",
     "WorstCase",
+    "adaptive_alpha",
     "corrective_benchmark",
     "dampen_",
     "dampen_array_",
@@ -64,13 +75,16 @@ __all__ = [
     "grad_diff",
     "idk_dpo",
     "importance",
+    "jit_",
     "kl_retain",
     "nll",
     "npo",
     "poison",
+    "potion_",
     "prompt_decouple",
     "redi",
     "rmu",
+    "search_dampening",
     "selection_curve",
     "sequence_logprobs",
     "shuffle_labels",

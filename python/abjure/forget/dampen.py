@@ -5,16 +5,20 @@ from __future__ import annotations
 import html
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import _native
 from .._interop import device_path, is_torch, source, target
-from ..errors import ArgumentError, DTypeError, LayoutError, ShapeError
+from ..errors import AbjureError, ArgumentError, DTypeError, LayoutError, ShapeError
+from .adaptive import AdaptiveAlpha, pooled_alpha, resolve_share, share_percentile
 from .fisher import Fisher
-from .params import chosen, listed, named, ties
+from .pairs import Importance, by_name, check_alike, pair
+from .params import chosen, listed, modules, named, ties
+from .patch import DampenPatch, held_interrupt
 
 
 class Selection(NamedTuple):
@@ -73,7 +77,13 @@ def dampen_array_(
     Source: arXiv 2308.07707, equations 3 and 4, in the order of operations of the published code.
     """
     numbers = (alpha, lam, exponent, max_factor, min_factor)
-    return _dampen(weights, forget, retain, _floats(numbers), (1.0, 1.0), False, False)[0]
+    numbers = _floats(numbers)
+    path = device_path(weights, "dampen_array_")
+    if path is not None:
+        return Selection(*path(weights, forget, retain, *numbers, 1.0, 1.0)[0])
+    forget, retain = source(forget, "forget"), source(retain, "retain")
+    with held_interrupt(), target(weights, "weights") as w:
+        return Selection(*_native.dampen(w, forget, retain, *numbers, 1.0, 1.0, False, False)[0])
 
 
 def _floats(numbers: tuple[Any, Any, Any, Any, Any]) -> _Numbers:
@@ -88,27 +98,13 @@ def _floats(numbers: tuple[Any, Any, Any, Any, Any]) -> _Numbers:
     return alpha, lam, exponent, max_factor, min_factor
 
 
-def _dampen(
-    weights: Any,
-    forget: Any,
-    retain: Any,
-    numbers: _Numbers,
-    counts: tuple[float, float],
-    record: bool,
-    dry_run: bool,
-) -> tuple[Selection, Any]:
-    """One array: the counts, and what undoes it if ``record``."""
-    path = device_path(weights, "dampen_array_")
-    if path is not None:
-        found, patch = path(weights, forget, retain, *numbers, *counts, record=record, dry_run=dry_run)
-        return Selection(*found), patch
-    forget, retain = source(forget, "forget"), source(retain, "retain")
-    if dry_run:
-        weights = source(weights, "weights")
-        return Selection(*_native.dampen(weights, forget, retain, *numbers, *counts, False, True)[0]), None
-    with target(weights, "weights") as w:
-        found, patch = _native.dampen(w, forget, retain, *numbers, *counts, record, False)
-    return Selection(*found), patch
+class ModuleCounts(NamedTuple):
+    """Weights of one module: how many there are, were selected, changed, and became 0."""
+
+    size: int
+    selected: int
+    changed: int
+    zeroed: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,10 @@ class DampenReport:
     zeroed: dict[str, int]
     #: Other names of a tensor, where weights are tied.
     tied: dict[str, list[str]]
-    _patches: dict[str, Any] | None = field(repr=False, default=None)
+    #: How alpha was found, where it was ``"adaptive"``.
+    adaptive: AdaptiveAlpha | None = None
+    #: Places and old bits of what changed; None after ``undo=False`` or ``dry_run=True``.
+    patch: DampenPatch | None = field(repr=False, default=None)
 
     @property
     def total(self) -> Selection:
@@ -154,10 +153,25 @@ class DampenReport:
             f"({share:.3g} %), changing {total.changed:,} and zeroing {total.zeroed:,}; {bound}."
         )
 
-    def undo(self, model: Any) -> None:
-        """Puts the old values of all selected weights back into ``model``, bit for bit.
+    def by_module(self, depth: int | None = None) -> dict[str, ModuleCounts]:
+        """Counts per module that holds parameters, in the model's order.
 
-        Weights that were not selected stay as they are now.
+        Args:
+            depth: leading parts of the module names to tell apart (``1``: top-level blocks); None for all.
+
+        Raises:
+            ArgumentError: a depth below 1.
+        """
+        found: dict[str, ModuleCounts] = {}
+        for module, names in modules(self.sizes, depth).items():
+            counts = (sum(c[n] for n in names) for c in (self.sizes, self.selected, self.changed, self.zeroed))
+            found[module] = ModuleCounts(*counts)
+        return found
+
+    def undo(self, model: Any) -> None:
+        """Puts the old bits of everything that changed back into ``model``.
+
+        What did not change stays as it is now.
 
         Args:
             model: the module or mapping that was dampened, or one of the same names, shapes and dtypes.
@@ -166,14 +180,13 @@ class DampenReport:
             ArgumentError: the report was made with ``undo=False`` or ``dry_run=True``, or a name is missing.
             ShapeError, DTypeError, LayoutError: a tensor has another shape or dtype than the one that was dampened.
         """
-        if self._patches is None:
+        if self.patch is None:
             raise ArgumentError("undo: expected a report of dampen_(..., undo=True, dry_run=False)")
-        parameters = named(model)
-        missing = [n for n in self._patches if n not in parameters]
-        if missing:
-            raise ArgumentError(f"model: expected parameters {listed(missing)}, got {listed(parameters)}")
-        for name, patch in self._patches.items():
-            _restore(patch, parameters[name])
+        self.patch.restore(model)
+
+    def without_undo(self) -> DampenReport:
+        """The same report without the patch, whose memory it then no longer holds."""
+        return replace(self, patch=None)
 
     def plot(self, ax: Any = None) -> Any:
         """Bars of the selected share per tensor (percent), the zeroed part marked; returns the matplotlib axes."""
@@ -191,7 +204,7 @@ class DampenReport:
         return ax
 
     def __str__(self) -> str:
-        return self.statement
+        return f"{self.adaptive}. {self.statement}" if self.adaptive else self.statement
 
     def _repr_html_(self) -> str:
         def row(name: str, size: int, s: Selection, tag: str = "td") -> str:
@@ -203,61 +216,7 @@ class DampenReport:
             row(n, size, Selection(self.selected[n], self.changed[n], self.zeroed[n])) for n, size in self.sizes.items()
         )
         total = row("all", self.size, self.total, "th")
-        return f"<p>{html.escape(self.statement)}</p><table><tr>{head}</tr>{rows}{total}</table>"
-
-
-def _restore(patch: Any, weights: Any) -> None:
-    if is_torch(weights):
-        weights = weights.detach()
-    if device_path(weights, "dampen_array_") is not None:
-        patch.restore(weights)
-        return
-    with target(weights, "weights") as w:
-        patch.restore(w)
-
-
-class _Importance:
-    """Sums and count of a Fisher, or a mapping of importances as they are."""
-
-    def __init__(self, given: Any, arg: str) -> None:
-        self.arg = arg
-        self.fisher = given if isinstance(given, Fisher) else None
-        if self.fisher is not None:
-            if not self.fisher.count > 0:
-                raise ArgumentError(f"{arg}: expected a Fisher that has seen gradients, got a count of 0")
-            self.count = self.fisher.count
-            self.arrays = {name: self.fisher.sum(name) for name in self.fisher}
-        elif isinstance(given, Mapping):
-            self.count = 1.0
-            self.arrays = named(given, arg)
-        else:
-            raise DTypeError(f"{arg}: expected a Fisher or a mapping of name to array, got {type(given).__name__}")
-
-
-def _pair(forget: Any, retain: Any) -> tuple[_Importance, _Importance]:
-    f, d = _Importance(forget, "forget"), _Importance(retain, "retain")
-    if f.fisher is not None and d.fisher is not None and f.fisher.unit != d.fisher.unit:
-        raise ArgumentError(f"retain: expected unit {f.fisher.unit!r} as forget has, got {d.fisher.unit!r}")
-    if (f.fisher is None) != (d.fisher is None):
-        raise DTypeError("retain: expected the same kind of importance as forget (two Fisher or two mappings)")
-    if f.arrays.keys() != d.arrays.keys():
-        differing = listed(f.arrays.keys() ^ d.arrays.keys())
-        raise ArgumentError(f"retain: expected the names of forget, got a difference in {differing}")
-    return f, d
-
-
-def _check_importances(f: _Importance, d: _Importance, name: str) -> None:
-    """Shapes and dtypes agree; values too are checked where they are not a Fisher's, which guarantees them."""
-    a, b = f.arrays[name], d.arrays[name]
-    if tuple(a.shape) != tuple(b.shape):
-        raise ShapeError(f"retain: {name!r}: expected shape {tuple(a.shape)}, got {tuple(b.shape)}")
-    if str(a.dtype).removeprefix("torch.") != str(b.dtype).removeprefix("torch."):
-        raise DTypeError(f"retain: {name!r}: expected dtype {a.dtype}, got {b.dtype}")
-    if f.fisher is None and device_path(a, "dampen_array_") is None:
-        try:
-            _native.check_importances(source(a, "forget"), source(b, "retain"))
-        except ValueError as err:
-            raise type(err)(f"{name!r}: {err}") from None
+        return f"<p>{html.escape(str(self))}</p><table><tr>{head}</tr>{rows}{total}</table>"
 
 
 def _check_weights(name: str, w: Any, importance: Any) -> None:
@@ -281,12 +240,16 @@ def _resolve_lam(alpha: float, lam: float, ratio: float | None) -> float:
 def dampen_(
     model: Any,
     forget: Fisher | Mapping[str, Any],
-    retain: Fisher | Mapping[str, Any],
-    alpha: float = 10.0,
+    retain: Fisher | Mapping[str, Any] | None = None,
+    alpha: float | str | AdaptiveAlpha = 10.0,
     lam: float = 1.0,
     *,
+    full: Fisher | Mapping[str, Any] | None = None,
     exponent: float = 1.0,
     ratio: float | None = None,
+    min_factor: float = 0.0,
+    forget_size: float | None = None,
+    total_size: float | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     dry_run: bool = False,
@@ -297,77 +260,145 @@ def dampen_(
     Everything that has a name in ``named_parameters()`` is dampened, biases and normalisation weights too; buffers
     (running means) are not. Weights that are tied are dampened once.
 
+    All tensors go through one native call, which either does all of it or nothing. Ctrl-C is held back meanwhile: the
+    model is then as it was (with ``undo=True``), or dampened in full (with ``undo=False``).
+
     Args:
         model: a torch module, or a mapping of name to array (NumPy or torch). Parameters that require grad are fine.
         forget: importance for the forget set: a :class:`Fisher`, or a mapping of name to array.
-        retain: importance for the retained data, or for all the data as published, of the same unit and batch size.
-        alpha: selection weighting. The published values are 10 (ResNet-18) and 5 to 25 (ViT).
+        retain: importance for the retained data, of the same unit, power and batch size.
+        alpha: selection weighting; ``"adaptive"`` for :func:`adaptive_alpha` (give the sizes). The published values are
+            10 (ResNet-18) and 5 to 25 (ViT).
         lam: dampening constant.
+        full: importance for all the data, forget set included, in place of ``retain``, as the published code has it.
         exponent: power of the ratio.
         ratio: ``lam / alpha``, the bound of all factors, in place of ``lam``.
-        include: patterns with shell wildcards; only parameters that match one are dampened.
+        min_factor: smallest factor: above 0 no weight is erased.
+        forget_size: number of samples to forget, for ``alpha="adaptive"``.
+        total_size: number of samples in all.
+        include: patterns with shell wildcards; only parameters that match one are dampened (and pooled).
         exclude: patterns of parameters to leave alone.
         dry_run: count, but write nothing.
-        undo: keep the old values of the selected weights (a bit per weight and one value per selected weight) for
-            :meth:`DampenReport.undo`. With ``undo=False``, an interrupt between two tensors leaves the first dampened.
+        undo: keep places and old bits of what changes for :meth:`DampenReport.undo` (``report.patch``).
 
     Returns:
         Counts per tensor, and what they mean.
 
     Raises:
-        ArgumentError: names that do not match, a number out of range, a pattern that matches nothing.
+        ArgumentError: names, units or powers that do not match, a number out of range, a pattern that matches nothing,
+            not exactly one of ``retain`` and ``full``, a second importance that is 0 everywhere.
         ShapeError, DTypeError, LayoutError, DeviceError: a tensor that does not fit.
         NonFiniteError, ArgumentError: bad values in importances given as mappings.
         Nothing has been modified then.
 
     Warns:
-        UserWarning: nothing was selected where nothing can be: per-sample importances whose second set includes the
-            first have ``I_f / I_D <= |D| / |F|``.
+        UserWarning: ``alpha >= |D| / |F|`` with per-sample importances of which the second includes the first: nothing
+            can be selected then, since ``I_f / I_D <= |D| / |F|``. For ``full=`` always, for ``retain=`` where nothing
+            was selected.
 
     Source: arXiv 2308.07707, algorithm 1.
     """
-    alpha, lam, exponent, *_ = _floats((alpha, lam, exponent, 1.0, 0.0))
-    lam = _resolve_lam(alpha, lam, ratio)
-    f, d = _pair(forget, retain)
+    if (retain is None) == (full is None):
+        found = "both" if full is not None else "neither"
+        raise ArgumentError(f"retain, full: expected exactly one of the two, got {found}")
+    f, d = pair(forget, retain if full is None else full)
     parameters = named(model)
     plan, tied = _plan(parameters, f, d, include, exclude)
-    numbers, counts = (alpha, lam, exponent, 1.0, 0.0), (f.count, d.count)
-    found: dict[str, Selection] = {}
-    patches: dict[str, Any] = {}
-    try:
-        for name in plan:
-            w = parameters[name].detach() if is_torch(parameters[name]) else parameters[name]
-            done = _dampen(w, f.arrays[name], d.arrays[name], numbers, counts, undo and not dry_run, dry_run)
-            found[name], patches[name] = done
-    except BaseException:
-        for name, patch in patches.items():
-            if patch is not None:
-                _restore(patch, parameters[name])
-        raise
+    adaptive = None
+    if isinstance(alpha, str):
+        if alpha != "adaptive":
+            raise ArgumentError(f"alpha: expected a number or 'adaptive', got {alpha!r}")
+        share = resolve_share(forget_size, total_size)
+        adaptive = alpha = pooled_alpha(f, d, plan, share, share_percentile(share))
+    elif isinstance(alpha, AdaptiveAlpha):
+        adaptive = alpha
+    alpha, lam, exponent, _, min_factor = _floats((alpha, lam, exponent, 1.0, min_factor))
+    lam = _resolve_lam(alpha, lam, ratio)
+    numbers = (alpha, lam, exponent, 1.0, min_factor)
+    done = _dampen_all(parameters, plan, f, d, numbers, undo, dry_run)
     report = DampenReport(
         alpha=alpha,
         lam=lam,
         exponent=exponent,
         dry_run=dry_run,
         sizes={n: int(np.prod(parameters[n].shape)) for n in plan},
-        selected={n: s.count for n, s in found.items()},
-        changed={n: s.changed for n, s in found.items()},
-        zeroed={n: s.zeroed for n, s in found.items()},
+        selected={n: s.count for n, (s, _) in done.items()},
+        changed={n: s.changed for n, (s, _) in done.items()},
+        zeroed={n: s.zeroed for n, (s, _) in done.items()},
         tied=tied,
-        _patches=patches if undo and not dry_run else None,
+        adaptive=adaptive,
+        patch=DampenPatch({n: p for n, (_, p) in done.items()}) if undo and not dry_run else None,
     )
-    _warn_if_impossible(f, d, alpha, report)
+    _warn_if_impossible(f, d, alpha, report, full is not None)
     return report
+
+
+def _dampen_all(
+    parameters: dict[str, Any],
+    plan: list[str],
+    f: Importance,
+    d: Importance,
+    numbers: _Numbers,
+    undo: bool,
+    dry_run: bool,
+) -> dict[str, tuple[Selection, Any]]:
+    """Counts and patch of every tensor; on any error, and on Ctrl-C with ``undo``, the tensors are as they were."""
+    weights = {n: parameters[n].detach() if is_torch(parameters[n]) else parameters[n] for n in plan}
+    elsewhere = [n for n in plan if device_path(weights[n], "dampen_array_") is not None]
+    here = [n for n in plan if n not in set(elsewhere)]
+    done: dict[str, tuple[Selection, Any]] = {}
+    with held_interrupt() as interrupt:
+        try:
+            for name in elsewhere:
+                path = device_path(weights[name], "dampen_array_")
+                assert path is not None
+                arrays = (weights[name], f.arrays[name], d.arrays[name])
+                try:
+                    found, patch = path(*arrays, *numbers, f.count, d.count, record=not dry_run, dry_run=dry_run)
+                except AbjureError as err:
+                    raise type(err)(f"{name!r}: {err}") from None
+                done[name] = Selection(*found), patch
+            done.update(_dampen_here(weights, here, f, d, numbers, undo, dry_run))
+        except BaseException:
+            DampenPatch({n: p for n, (_, p) in done.items() if p is not None}).restore(weights)
+            raise
+        if interrupt.pending and undo and not dry_run:
+            DampenPatch({n: p for n, (_, p) in done.items()}).restore(weights)
+    return {n: done[n] for n in plan}
+
+
+def _dampen_here(
+    weights: dict[str, Any],
+    names: list[str],
+    f: Importance,
+    d: Importance,
+    numbers: _Numbers,
+    undo: bool,
+    dry_run: bool,
+) -> dict[str, tuple[Selection, Any]]:
+    """The tensors in CPU memory, in one call."""
+    forget, retain = ([source(i.arrays[n], i.arg) for n in names] for i in (f, d))
+    with ExitStack() as written:
+        # Temporaries of arrays that are not made of rows are copied back when this section ends without an error.
+        arrays = [
+            source(weights[n], "weights") if dry_run else written.enter_context(target(weights[n], "weights"))
+            for n in names
+        ]
+        try:
+            found = _native.dampen_all(arrays, forget, retain, *numbers, f.count, d.count, undo, dry_run)
+        except AbjureError as err:
+            raise by_name(err, names) from None
+    return {n: (Selection(*counts), patch) for n, (counts, patch) in zip(names, found, strict=True)}
 
 
 def _plan(
     parameters: dict[str, Any],
-    f: _Importance,
-    d: _Importance,
+    f: Importance,
+    d: Importance,
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Names to dampen and their other names, after every check that can be made before writing."""
+    """Names to dampen and their other names, after every check that needs no look at the values."""
     groups = ties(parameters)
     leaders = {next((n for n in group if n in f.arrays), group[0]): group for group in groups}
     unknown = f.arrays.keys() - parameters.keys()
@@ -379,22 +410,22 @@ def _plan(
         raise ArgumentError(f"forget: expected an importance for every parameter, got none for {listed(missing)}")
     for name in plan:
         _check_weights(name, parameters[name], f.arrays[name])
-    for name in plan:
-        _check_importances(f, d, name)
+    check_alike(f, d, plan)
     tied = {name: [n for n in leaders[name] if n != name] for name in plan if len(leaders[name]) > 1}
     return plan, tied
 
 
-def _warn_if_impossible(f: _Importance, d: _Importance, alpha: float, report: DampenReport) -> None:
-    if f.fisher is None or f.fisher.unit != "sample" or report.total.count or not report.size:
+def _warn_if_impossible(f: Importance, d: Importance, alpha: float, report: DampenReport, full: bool) -> None:
+    if f.fisher is None or f.fisher.unit != "sample" or not report.size or d.count / f.count > alpha:
         return
-    if d.count / f.count <= alpha:
-        warnings.warn(
-            f"nothing was selected: if retain includes the forget set (all the data), I_f / I_D is at most "
-            f"|D| / |F| = {d.count / f.count:g}, not above alpha = {alpha:g}; lower alpha, or take the forget set away "
-            "from retain with Fisher.subtract",
-            stacklevel=3,
-        )
+    if not full and report.total.count:
+        return
+    what = "full includes" if full else "nothing was selected: if retain includes"
+    warnings.warn(
+        f"{what} the forget set (all the data), so that I_f / I_D is at most |D| / |F| = {d.count / f.count:g}, not "
+        f"above alpha = {alpha:g}; lower alpha, or take the forget set away with Fisher.subtract",
+        stacklevel=3,
+    )
 
 
 @dataclass(frozen=True)
@@ -452,10 +483,12 @@ def selection_curve(
         raise ShapeError(f"alphas: expected one axis, got shape {grid.shape}")
     if not isinstance(forget, (Fisher, Mapping)):
         forget, retain = {"array": forget}, {"array": retain}
-    f, d = _pair(forget, retain)
+    f, d = pair(forget, retain)
     counts = np.zeros(len(grid), dtype=np.int64)
     size = 0
-    for name in chosen(f.arrays, include, exclude):
+    names = chosen(f.arrays, include, exclude)
+    check_alike(f, d, names)
+    for name in names:
         a, b = f.arrays[name], d.arrays[name]
         path = device_path(a, "selection_curve")
         if path is None:

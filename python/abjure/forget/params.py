@@ -100,6 +100,20 @@ def chosen(
     return [n for n in names if (include is None or matches(n, include)) and not matches(n, exclude or [])]
 
 
+def modules(names: Iterable[str], depth: int | None = None) -> dict[str, list[str]]:
+    """Parameter names by the module that holds them (by the first ``depth`` parts of its name), in order.
+
+    Raises:
+        ArgumentError: a depth below 1.
+    """
+    if depth is not None and depth < 1:
+        raise ArgumentError(f"depth: expected 1 or more, got {depth}")
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(".".join(name.split(".")[:-1][:depth]), []).append(name)
+    return found
+
+
 def listed(names: Iterable[str], limit: int = 5) -> str:
     """Names for a message, the first few of them."""
     names = sorted(names)

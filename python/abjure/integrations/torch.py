@@ -139,21 +139,66 @@ def orthogonalize_(weight: Any, basis: Any, axis: int, scale: float, norm_preser
 # forget
 
 
-class _TorchPatch:
-    """Old values of the selected weights of a tensor on another device."""
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+_UNSIGNED = {torch.int64: np.uint64, torch.int32: np.uint32, torch.int16: np.uint16}
 
-    def __init__(self, selected: Any, old: Any) -> None:
-        self.selected, self.old = selected, old
 
-    def restore(self, weights: Any) -> None:
-        if weights.shape != self.selected.shape:
-            raise ShapeError(f"weights: expected shape {tuple(self.selected.shape)}, got {tuple(weights.shape)}")
-        if weights.dtype != self.old.dtype:
-            raise DTypeError(f"weights: expected dtype {self.old.dtype}, got {weights.dtype}")
-        weights[self.selected] = self.old
+class TorchPatch:
+    """Flat indices and old bits of the weights that changed in a tensor on another device."""
+
+    def __init__(self, shape: Any, dtype: Any, indices: Any, old: Any) -> None:
+        self.shape, self.torch_dtype, self.indices, self.old = tuple(shape), dtype, indices, old
+
+    @classmethod
+    def between(cls, selected: Any, old: Any, new: Any) -> TorchPatch:
+        """Of the places that ``selected`` marks, those where ``old`` and ``new`` differ in bits."""
+        bits = _BITS[old.dtype]
+        moved = old.view(bits) != new.view(bits)
+        indices = selected.reshape(-1).nonzero()[:, 0][moved]
+        return cls(selected.shape, old.dtype, indices, old[moved].view(bits))
+
+    @classmethod
+    def of(cls, patch: Any, device: Any) -> TorchPatch:
+        """The same as a patch in CPU memory."""
+        indices, old = patch.entries()
+        dtype = getattr(torch, patch.dtype)
+        signed = torch.from_numpy(old.view(old.dtype.str.replace("u", "i")))
+        return cls(patch.shape, dtype, torch.from_numpy(indices.astype(np.int64)).to(device), signed.to(device))
+
+    @property
+    def dtype(self) -> str:
+        return str(self.torch_dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.indices.nbytes + self.old.nbytes)
 
     def __len__(self) -> int:
         return int(self.old.numel())
+
+    def entries(self) -> tuple[Any, Any]:
+        old = self.old.cpu().numpy()
+        return self.indices.cpu().numpy().astype(np.uint64), old.view(_UNSIGNED[self.old.dtype])
+
+    def check(self, weights: Any) -> None:
+        if tuple(weights.shape) != self.shape:
+            raise ShapeError(f"weights: expected shape {self.shape}, got {tuple(weights.shape)}")
+        if weights.dtype != self.torch_dtype:
+            raise DTypeError(f"weights: expected dtype {self.dtype}, got {weights.dtype}")
+
+    def restore(self, weights: Any) -> None:
+        self.check(weights)
+        places = torch.unravel_index(self.indices.to(weights.device), self.shape) if self.shape else ()
+        old = self.old.to(weights.device).view(self.torch_dtype)
+        if self.shape:
+            weights[places] = old
+        elif len(self):
+            weights.copy_(old[0])
 
 
 def _expect_importances(forget: Any, retain: Any, shape: Any, device: Any) -> None:
@@ -194,7 +239,7 @@ def _dampen_array_(
     *,
     record: bool = False,
     dry_run: bool = False,
-) -> tuple[tuple[int, int, int], _TorchPatch | None]:
+) -> tuple[tuple[int, int, int], TorchPatch | None]:
     _expect_numbers(
         {"alpha": alpha, "lam": lam, "exponent": exponent, "max_factor": max_factor, "min_factor": min_factor}
     )
@@ -221,7 +266,7 @@ def _dampen_array_(
     if dry_run:
         return counts, None
     weights[selected] = new
-    return counts, _TorchPatch(selected, old) if record else None
+    return counts, TorchPatch.between(selected, old, new) if record else None
 
 
 def _fisher_accumulate(sums: Any, grad: Any, weight: float, *, check_only: bool = False) -> None:
@@ -262,8 +307,31 @@ def _selection_curve(
     return [int((f > alpha * d).sum()) for alpha in alphas]
 
 
+def _ratio_percentile(
+    forget: list[Any], retain: list[Any], percentile: float, forget_count: float, retain_count: float
+) -> tuple[float, int, int, int]:
+    first, ratios = forget[0], []
+    for a, b in zip(forget, retain, strict=True):
+        if a.dtype != first.dtype:
+            raise DTypeError(f"forget: expected dtype {first.dtype}, got {a.dtype}")
+        _expect_importances(a, b, a.shape, first.device)
+        f = a.detach() / torch.tensor(forget_count, dtype=a.dtype, device=a.device)
+        d = b.detach() / torch.tensor(retain_count, dtype=a.dtype, device=a.device)
+        ratios.append((f / d).reshape(-1))
+    pooled = torch.cat(ratios)
+    infinite, undefined = int(pooled.isinf().sum()), int(pooled.isnan().sum())
+    ordered = pooled[pooled.isfinite()].sort().values
+    if not len(ordered):
+        return math.nan, 0, infinite, undefined
+    at = (len(ordered) - 1) * (percentile / 100.0)
+    low = min(int(at), len(ordered) - 1)
+    a, b, t = float(ordered[low]), float(ordered[min(low + 1, len(ordered) - 1)]), at - int(at)
+    return a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t), len(ordered), infinite, undefined
+
+
 DEVICE_PATHS.update(
     {
+        "ratio_percentile": _ratio_percentile,
         "edit": edit,
         "edit_": edit_,
         "edit_coefficients": edit_coefficients,
