@@ -331,38 +331,256 @@ def test_losses_refuse_bad_arguments():
     with pytest.raises(ArgumentError, match="divergence"):
         losses.flat(f, f, "hellinger")
     with pytest.raises(ArgumentError, match="preset"):
-        losses.dpo(f, f, REF, REF, preset="tofu")
+        losses.dpo(f, f, REF, REF, preset="nobody")
     with pytest.raises(ArgumentError, match="policy"):
         losses.ga(3.0)
 
 
-@pytest.mark.parametrize("name", ["ga", "npo", "simnpo", "flat", "redi", "dpo"])
-def test_from_logits_each_loss_equals_plain_torch_in_value_and_gradient(name):
+def plain_losses(logp, mask, ref, other, other_mask, other_ref, ref_rows, rows, every):
+    """Each loss as its formula reads, on per-token log-probabilities: name and call to value. Nothing of `losses`."""
+    s, n = (logp * mask).sum(-1), mask.sum(-1)
+    so, no = (other * other_mask).sum(-1), other_mask.sum(-1)
+    sigmoid = torch.sigmoid
+    p, po = ((x.exp() * m).sum(-1) / m.sum(-1) for x, m in ((logp, mask), (other, other_mask)))
+    diluted = [(x.exp() * m).mean() for x, m in ((logp, mask), (other, other_mask))]
+    margin = (so - other_ref) - (s - ref)
+    kl = (ref_rows.exp() * (ref_rows - rows)).sum(-1).mean()
+    kl_all, q_all = every[0], every[1]
+    x = s / n
+    return {
+        "nll": -s.sum() / n.sum(),
+        "ga": s.sum() / n.sum(),
+        "ga-sequence_mean": x.mean(),
+        "ga-sequence_sum": s.mean(),
+        "grad_diff": 2 * s.sum() / n.sum() - 0.5 * so.sum() / no.sum(),
+        "idk": -(s.sum() + so.sum()) / (n.sum() + no.sum()),
+        "npo": (-2 / 0.1 * torch.log(sigmoid(-0.1 * (s - ref)))).mean(),
+        "npo-unlearn_simple_wmdp": -20 * torch.log(sigmoid(-0.1 * (s - ref).sum() / n.sum())),
+        "simnpo": (-2 / 2.5 * torch.log(sigmoid(-2.5 * (x + 0.3)))).mean(),
+        "simnpo-gamma_outside": (-2 / 2.5 * torch.log(sigmoid(-2.5 * x - 0.3))).mean(),
+        "simnpo-open_unlearning": (
+            -2 / 2.5 * torch.log(sigmoid(-2.5 * (s / (n + torch.tensor([0.0, 1, 1])) + 0.3)))
+        ).mean(),
+        "simnpo-unlearn_simple_wmdp": -2 / 2.5 * torch.log(sigmoid(-2.5 * (s.sum() / n.sum() + 0.3))),
+        "dpo": -torch.log(sigmoid(0.1 * margin)).mean(),
+        "dpo-open_unlearning": -20 * torch.log(sigmoid(0.1 * margin)).mean(),
+        "dpo-flat_repo": -20 * torch.log(sigmoid(0.1 * (so - s))).mean(),
+        "idk_dpo": -torch.log(sigmoid(0.1 * margin)).mean(),
+        "flat": (-po.tanh() / 2 + p.tanh() / 2).mean(),
+        "flat-jensen_shannon": (-math.log(4) + (1 + (-po).exp()).log() + (1 + p.exp()).log()).mean(),
+        "flat-pearson": (-po + p + p * p / 4).mean(),
+        "flat-kl": (-po + (p - 1).exp()).mean(),
+        "flat-jeffrey": (-po + p + p**2 / 4 + p**3 / 16).mean(),
+        "flat-reverse_kl": ((-po).exp() + p - 1).mean(),
+        "flat-squared_hellinger": ((-po).exp() - 1 + p.exp() - 1).mean(),
+        "flat-neyman": ((-po).exp() - 1 + 2 - 2 * (-p / 2).exp()).mean(),
+        "flat-kl-flat_repo": -diluted[1] + (diluted[0] - 1).exp(),
+        "flat-reverse_kl-flat_repo": diluted[1].exp() - 1 - diluted[0],
+        "flat-squared_hellinger-flat_repo": -(1 - diluted[1].exp()) + (1 - diluted[0].exp()) / diluted[0].exp(),
+        "flat-neyman-flat_repo": -(1 - diluted[1].exp()) + 2 - 2 * torch.sqrt(1 - diluted[0]),
+        "redi": (-so / no + 0.8 * x).mean(),
+        "redi-negw": (-so / no + 0.8 * x * (0.5 * x).exp().detach()).mean(),
+        "redi-negw_repo": (-so / no + 0.8 * x * (0.5 * x).exp()).mean(),
+        "redi-floor": (-so / no + 0.8 * torch.where(x > -6, x, torch.full_like(x, -6))).mean(),
+        "prompt_decouple": s.sum() / n.sum() - 0.3 * so.sum() / no.sum(),
+        "kl_retain": kl,
+        "kl_retain-all": (q_all.exp() * (q_all - kl_all)).sum(-1).mean(),
+        "kl_retain-llmu": -(q_all.exp() * (kl_all.exp() + 1e-12).log()).sum(-1).mean(),
+    }
+
+
+def our_losses(z, labels, ref, other_z, other_labels, other_ref, ref_z):
+    f, o = losses.sequence_logprobs(z, labels), losses.sequence_logprobs(other_z, other_labels)
+    pair = (o, f, other_ref, ref)
+    out = {
+        "nll": lambda: losses.nll(f),
+        "ga": lambda: losses.ga((z, labels)),
+        "grad_diff": lambda: losses.grad_diff(f, o, 2.0, 0.5),
+        "idk": lambda: losses.idk(f, o),
+        "npo": lambda: losses.npo(f, ref),
+        "npo-unlearn_simple_wmdp": lambda: losses.npo(f, ref, preset="unlearn_simple_wmdp"),
+        "simnpo": lambda: losses.simnpo(f, gamma=0.3),
+        "dpo": lambda: losses.dpo(*pair),
+        "idk_dpo": lambda: losses.idk_dpo(*pair, preset="tofu"),
+        "redi": lambda: losses.redi(o, f),
+        "redi-negw": lambda: losses.redi(o, f, preset="negw", gamma=0.5),
+        "redi-negw_repo": lambda: losses.redi(o, f, preset="negw_repo", gamma=0.5),
+        "redi-floor": lambda: losses.redi(o, f, floor=-6.0),
+        "prompt_decouple": lambda: losses.prompt_decouple(losses.ga(f), o, 0.3),
+        "kl_retain": lambda: losses.kl_retain(z, ref_z, labels),
+        "kl_retain-all": lambda: losses.kl_retain(z, ref_z, labels, preset="tofu"),
+        "kl_retain-llmu": lambda: losses.kl_retain(z, ref_z, labels, preset="llmu"),
+        "flat": lambda: losses.flat(o, f),
+    }
+    for reduction in ("sequence_mean", "sequence_sum"):
+        out[f"ga-{reduction}"] = lambda r=reduction: losses.ga(f, r)
+    for preset in ("gamma_outside", "open_unlearning", "unlearn_simple_wmdp"):
+        out[f"simnpo-{preset}"] = lambda p=preset: losses.simnpo((z, labels), gamma=0.3, preset=p)
+    for preset in ("open_unlearning", "flat_repo"):
+        out[f"dpo-{preset}"] = lambda p=preset: losses.dpo(*pair, preset=p)
+    for divergence in FLAT:
+        out[f"flat-{divergence}"] = lambda d=divergence: losses.flat(o, f, d)
+        out[f"flat-{divergence}-flat_repo"] = lambda d=divergence: losses.flat(o, f, d, preset="flat_repo")
+    return out
+
+
+def drawn():
     g = torch.Generator().manual_seed(3)
-    z = torch.randn((3, 6, 50), generator=g, dtype=torch.float64) * 3
-    labels = torch.randint(0, 50, (3, 6), generator=g)
+    z, other_z, ref_z = (torch.randn((3, 6, 50), generator=g, dtype=torch.float64) * 2 for _ in range(3))
+    labels, other_labels = (torch.randint(0, 50, (3, 6), generator=g) for _ in range(2))
     labels[0, :3] = -100
-    other = torch.randn((3, 6, 50), generator=g, dtype=torch.float64)
-    ref = torch.tensor([-20.0, -11, -30], dtype=torch.float64)
+    other_labels[1, 4:] = -100
+    ref, other_ref = (torch.tensor(v, dtype=torch.float64) for v in ([-12.0, -21, -30], [-25.0, -9, -18]))
+    return z, labels, ref, other_z, other_labels, other_ref, ref_z
 
-    def run(make, z):
-        f, w = make(z), make(other)
-        return {
-            "ga": lambda: losses.ga(f),
-            "npo": lambda: losses.npo(f, ref),
-            "simnpo": lambda: losses.simnpo(f),
-            "flat": lambda: losses.flat(w, f),
-            "redi": lambda: losses.redi(w, f),
-            "dpo": lambda: losses.dpo(w, f, ref, ref),
-        }[name]()
 
-    def plain(z):
+#: The worked values above cover total variation; the first five divergences share one path of the repository's preset.
+SHARED = {f"flat-{d}-flat_repo" for d in ("total_variation", "jensen_shannon", "pearson", "jeffrey")}
+NAMES = [n for n in our_losses(*drawn()) if n not in SHARED | {"flat-total_variation"}]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loss_equals_its_plain_form_in_value_and_gradient_of_the_logits(name):
+    z, labels, ref, other_z, other_labels, other_ref, ref_z = drawn()
+    a, ao, b, bo = (t.clone().requires_grad_() for t in (z, other_z, z, other_z))
+
+    def plain(z, labels):
         token = torch.log_softmax(z[:, :-1], -1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-        return SequenceLogprobs.from_tokens(token, labels[:, 1:] != -100)
+        return token, (labels[:, 1:] != -100).double()
 
-    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
-    ours, theirs = run(lambda q: losses.sequence_logprobs(q, labels), a), run(plain, b)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    ours.backward()
-    theirs.backward()
-    torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+    kept = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    logs, ref_logs = b.log_softmax(-1), ref_z.log_softmax(-1)
+    forms = plain_losses(
+        *plain(b, labels), ref, *plain(bo, other_labels), other_ref, ref_logs[kept], logs[kept],
+        (logs.flatten(0, 1), ref_logs.flatten(0, 1)),
+    )  # fmt: skip
+    ours, theirs = our_losses(a, labels, ref, ao, other_labels, other_ref, ref_z)[name](), forms[name]
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    for mine, wanted in zip(
+        torch.autograd.grad(ours, (a, ao), allow_unused=True),
+        torch.autograd.grad(theirs, (b, bo), allow_unused=True),
+        strict=True,
+    ):
+        zero = torch.zeros_like(z)
+        torch.testing.assert_close(
+            zero if mine is None else mine, zero if wanted is None else wanted, rtol=1e-9, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_loss_stays_finite_where_the_plain_form_overflows(name, dtype):
+    z, labels, _, other_z, other_labels, _, ref_z = drawn()
+    # Log-probabilities of about -1e4 per token against a reference of 0 and of -1e5, both ways round.
+    sharp, other = (((t * 4000).to(dtype)).requires_grad_() for t in (z, other_z))
+    for ref in ([0.0, -1e5, -1e5], [-1e5, 0.0, 0.0]):
+        loss = our_losses(sharp, labels, ref, other, other_labels, ref[::-1], ref_z.to(dtype))[name]()
+        assert loss.isfinite()
+        for grad in torch.autograd.grad(loss, (sharp, other), allow_unused=True):
+            assert grad is None or (grad.isfinite().all() and grad.dtype == dtype)
+
+
+def test_plain_npo_does_overflow_there():
+    d = torch.tensor([1e5], requires_grad=True)
+    assert torch.log(1 + torch.exp(0.1 * d)).isinf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_retain_in_many_chunks_against_f64(dtype, monkeypatch):
+    monkeypatch.setattr(losses, "_CHUNK_BYTES", 3 * 4 * 50)
+    z, labels, *_, ref_z = drawn()
+    z, ref_z = z.to(dtype).requires_grad_(), ref_z.to(dtype)
+    got = losses.kl_retain(z, ref_z, labels)
+    got.backward()
+    wide = z.detach().double().requires_grad_()
+    kept = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    p, q = wide[kept].log_softmax(-1), ref_z[kept].double().log_softmax(-1)
+    want = (q.exp() * (q - p)).sum(-1).mean()
+    want.backward()
+    torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(z.grad.double(), wide.grad, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    assert not z.grad[~kept].any()
+
+
+def test_kl_retain_where_probabilities_are_0():
+    z = torch.tensor([[[0.0, 0.0, -math.inf]]], requires_grad=True)
+    ref = torch.tensor([[[1.0, -math.inf, -math.inf]]])
+    loss = losses.kl_retain(z, ref, torch.tensor([[0]]), shift=False)
+    close(loss.detach(), math.log(2), 1e-6)
+    loss.backward()
+    close(z.grad[0, 0], [-0.5, 0.5, 0.0], 1e-6)
+    with pytest.raises(NonFiniteError, match="ref_logits"):
+        losses.kl_retain(ref, z.detach(), torch.tensor([[0]]), shift=False)
+    with pytest.raises(NonFiniteError, match="logits"):
+        losses.kl_retain(z.detach() * math.nan, ref, torch.tensor([[0]]), shift=False)
+
+
+def test_kl_retain_refuses_bad_input():
+    z, labels = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
+    with pytest.raises(ShapeError, match="ref_logits"):
+        losses.kl_retain(z, z[:, :2], labels)
+    with pytest.raises(ArgumentError, match="mask"):
+        losses.kl_retain(z, z, labels, mask="none")
+    with pytest.raises(ArgumentError, match="preset"):
+        losses.kl_retain(z, z, labels, preset="muse")
+    with pytest.raises(DegenerateError, match="counted"):
+        losses.kl_retain(z, z, torch.full_like(labels, -100))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "squared_hellinger", "neyman"])
+def test_the_published_signs_push_the_template_down(divergence):
+    e, f = (torch.full((2, 3), -1.0, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for preset, sign in (("flat", -1), ("flat_repo", 1)):
+        pair = (SequenceLogprobs.from_tokens(t, torch.ones(2, 3, dtype=torch.bool)) for t in (e, f))
+        (grad,) = torch.autograd.grad(losses.flat(*pair, divergence, preset=preset), e)
+        assert (grad * sign > 0).all()
+
+
+def test_negw_published_turns_around():
+    x = torch.tensor([[-2.0]], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    win = SequenceLogprobs.from_tokens(torch.tensor([[-1.0]], dtype=torch.float64), one)
+    for preset, wanted in (("negw_repo", -0.108268226589), ("negw", 0.108268226589)):
+        (grad,) = torch.autograd.grad(losses.redi(win, SequenceLogprobs.from_tokens(x, one), preset=preset), x)
+        close(grad, [[wanted]], 1e-10)
+
+
+def test_simnpo_margin_inside_and_outside():
+    f = scores([-3.0], [4])
+    close(losses.simnpo(f, 2.5, 0.5).detach(), 0.342960542621, 1e-10)
+    close(losses.simnpo(f, 2.5, 0.5, preset="gamma_outside").detach(), 0.180330121281, 1e-10)
+    with pytest.raises(ArgumentError, match="needs"):
+        losses.simnpo(f, preset="open_unlearning")
+
+
+def test_log_probabilities_above_0_are_refused():
+    one = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ArgumentError, match="raw logits"):
+        SequenceLogprobs.from_tokens(torch.tensor([[-1.0, 0.5]]), one)
+    with pytest.raises(NonFiniteError, match="NaN"):
+        SequenceLogprobs.from_tokens(torch.tensor([[-1.0, math.nan]]), one)
+    SequenceLogprobs.from_tokens(torch.tensor([[-1.0, 0.5]]), torch.tensor([[True, False]]))
+    with pytest.raises(ArgumentError, match="ref: expected sums of log-probabilities"):
+        losses.npo(scores(S, N), [-1.0, 12.0, -3.0])
+    losses.npo(scores(S, [4, 0, 100]), [-1.0, 12.0, -3.0])  # what does not count is not looked at
+
+
+def test_presets_are_listed_and_refused_by_name():
+    f = scores(S, N)
+    calls = {
+        "npo": lambda p: losses.npo(f, REF, preset=p),
+        "simnpo": lambda p: losses.simnpo(f, preset=p),
+        "dpo": lambda p: losses.dpo(f, f, REF, REF, preset=p),
+        "flat": lambda p: losses.flat(f, f, preset=p),
+        "redi": lambda p: losses.redi(f, f, preset=p),
+        "kl_retain": lambda p: losses.kl_retain(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), LABELS[:1, :2], preset=p),
+    }
+    assert set(calls) == set(losses.PRESETS)
+    for name, call in calls.items():
+        for preset in losses.PRESETS[name]:
+            if (name, preset) not in (("simnpo", "open_unlearning"), ("kl_retain", "masked")):
+                assert call(preset).isfinite()
+        with pytest.raises(ArgumentError, match="preset: expected one of"):
+            call("nobody")
+    with pytest.raises(ArgumentError, match="reduction"):
+        losses.ga(f, "batch")

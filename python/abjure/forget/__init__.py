@@ -26,11 +26,13 @@ from .jit import JitReport, jit_
 from .logprobs import token_logprobs
 from .losses import (
     DIVERGENCES,
+    PRESETS,
     SequenceLogprobs,
     dpo,
     flat,
     ga,
     grad_diff,
+    idk,
     idk_dpo,
     kl_retain,
     nll,
@@ -47,6 +49,7 @@ from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 
 __all__ = [
     "DIVERGENCES",
+    "PRESETS",
     "AdaptiveAlpha",
     "CorrectiveCell",
     "CorrectiveReport",
@@ -73,6 +76,7 @@ __all__ = [
     "flat",
     "ga",
     "grad_diff",
+    "idk",
     "idk_dpo",
     "importance",
     "jit_",

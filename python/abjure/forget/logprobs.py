@@ -70,6 +70,15 @@ def _forward(logits: Any, labels: np.ndarray[Any, Any], ignore: int) -> tuple[An
     return out, lse
 
 
+def _empty(shape: Any, dtype: Any) -> Any:
+    """A torch tensor in NumPy's memory: NumPy asks for huge pages, and first touching a gradient of hundreds of
+    megabytes in small pages takes longer than computing it."""
+    import torch
+
+    width = torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.empty(tuple(shape), dtype=f"i{width}")).view(dtype)
+
+
 @functools.cache
 def _function() -> Any:
     """The autograd function, made on first use so that importing the wing does not import torch."""
@@ -89,7 +98,7 @@ def _function() -> Any:
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, upstream: Any) -> Any:
             (logits,) = ctx.saved_tensors
-            grad = torch.empty(logits.shape, dtype=logits.dtype)
+            grad = _empty(logits.shape, logits.dtype)
             u = upstream.detach().double().contiguous().reshape(-1).numpy()
             plain = _interop.source(logits, "logits")
             _native.token_logprobs_backward(plain, ctx.labels, ctx.lse, u, grad, ctx.ignore)
