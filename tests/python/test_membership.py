@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abjure.errors import ArgumentError, NonFiniteError, ShapeError
-from abjure.measure.membership import entropy_mia
+from abjure.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
+from abjure.measure.membership import SVC_FEATURES, entropy_mia, modified_entropy, svc_mia
 
 
 def rows(confidence: float, n: int, classes: int = 10, spread: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -79,3 +79,98 @@ def test_bad_input_names_the_argument():
         entropy_mia(good, 3 * good, good)
     with pytest.raises(ArgumentError, match="retain: expected rows of probabilities"):
         entropy_mia(good * np.array([-1, *[3] * 9]), good, good)
+
+
+def plain_modified_entropy(p, y):
+    return np.array(
+        [
+            -(1 - row[t]) * np.log(row[t]) - sum(v * np.log(1 - v) for i, v in enumerate(row) if i != t)
+            for row, t in zip(p, y, strict=True)
+        ]
+    )
+
+
+def repo_modified_entropy(p, labels):
+    """The published code line by line, in torch."""
+    p, labels = torch.from_numpy(p), torch.from_numpy(labels)
+    log_prob = torch.where(p > 0, p.log(), torch.tensor(1e-30, dtype=p.dtype).log())
+    reverse_prob = 1 - p
+    log_reverse_prob = torch.where(p > 0, p.log(), torch.tensor(1e-30, dtype=p.dtype).log())
+    modified_probs = p.clone()
+    modified_probs[:, labels] = reverse_prob[:, labels]
+    modified_log_probs = log_reverse_prob.clone()
+    modified_log_probs[:, labels] = log_prob[:, labels]
+    return -torch.sum(modified_probs * modified_log_probs, dim=-1).numpy()
+
+
+def test_modified_entropy_and_the_published_bug():
+    draw = np.random.default_rng(0)
+    p, y = draw.dirichlet(np.ones(6), 40), draw.integers(0, 4, 40)
+    np.testing.assert_allclose(modified_entropy(p, y), plain_modified_entropy(p, y), rtol=1e-12)
+    repo = modified_entropy(p, y, preset="svc_mia_repo")
+    np.testing.assert_allclose(repo, repo_modified_entropy(p, y), rtol=1e-12)
+    assert abs(repo - modified_entropy(p, y)).max() > 0.1
+    sure = np.array([[1.0, 0, 0]])
+    with np.errstate(all="raise"):
+        assert modified_entropy(sure, [0])[0] == 0
+        assert modified_entropy(sure, [1])[0] == pytest.approx(2 * 69.0775527898)
+    with pytest.raises(ArgumentError, match="preset: expected None or"):
+        modified_entropy(sure, [0], preset="other")
+    with pytest.raises(ArgumentError, match="labels: expected labels of 0 or more and below 3, got 3 to 3"):
+        modified_entropy(sure, [3])
+
+
+def test_svc_attack_agrees_with_the_plain_form():
+    from sklearn.svm import SVC
+
+    draw = np.random.default_rng(3)
+    groups = [(draw.dirichlet(np.full(4, a), n), draw.integers(0, 4, n)) for a, n in ((0.2, 150), (0.8, 60), (0.5, 50))]
+
+    def plain(column, weight):
+        seen, unseen, asked = (np.asarray(column(p, y), float).reshape(len(y), -1) for p, y in groups)
+        machine = SVC(C=3, gamma="auto", kernel="rbf", class_weight=weight)
+        machine.fit(np.concatenate([seen, unseen]), np.array([1] * 150 + [0] * 60))
+        return machine.predict(asked).mean()
+
+    columns = {
+        "correctness": lambda p, y: p.argmax(1) == y,
+        "confidence": lambda p, y: p[np.arange(len(y)), y],
+        "entropy": lambda p, y: -(p * np.log(p)).sum(1),
+        "modified_entropy": plain_modified_entropy,
+        "probabilities": lambda p, y: p,
+    }
+    found = svc_mia(*groups)
+    assert list(found) == list(SVC_FEATURES)
+    assert found == {name: plain(column, "balanced") for name, column in columns.items()}
+    columns["modified_entropy"] = repo_modified_entropy
+    repo = svc_mia(*groups, preset="svc_mia_repo", limit=None)
+    assert repo == {name: plain(column, None) for name, column in columns.items()}
+    assert repo != found
+
+
+def test_svc_attack_on_cases_whose_answer_is_known():
+    def group(confidence, n, seed):
+        return rows(confidence, n, spread=0.01, seed=seed), np.zeros(n, int)
+
+    members, outsiders = group(0.97, 100, 0), group(0.5, 80, 1)
+    for feature in ("confidence", "entropy", "modified_entropy", "probabilities"):
+        assert svc_mia(members, outsiders, group(0.97, 20, 2), features=[feature], limit=40)[feature] == 1
+        assert svc_mia(members, outsiders, group(0.5, 20, 2), features=[feature], limit=40)[feature] == 0
+    wrong = outsiders[0], np.ones(80, int)
+    assert svc_mia(members, wrong, members, features=["correctness"]) == {"correctness": 1}
+
+
+def test_svc_attack_refuses_bad_input():
+    good = rows(0.9, 5), np.zeros(5, int)
+    with pytest.raises(ArgumentError, match=r"features: expected some of .*got \['loss'\]"):
+        svc_mia(good, good, good, features=["loss"])
+    with pytest.raises(ArgumentError, match="forget: expected a pair of probabilities and labels, got ndarray"):
+        svc_mia(good, good, good[0])
+    with pytest.raises(ShapeError, match="test labels: expected one label per row"):
+        svc_mia(good, (good[0], good[1][:3]), good)
+    with pytest.raises(DTypeError, match="retain labels: expected integer labels"):
+        svc_mia((good[0], good[1] / 1), good, good)
+    with pytest.raises(ShapeError, match="expected one number of classes, got 10, 4, 10"):
+        svc_mia(good, (rows(0.9, 5, 4), good[1]), good)
+    with pytest.raises(ArgumentError, match="limit: expected None or 1 or more"):
+        svc_mia(good, good, good, limit=0)
