@@ -44,6 +44,7 @@ from .losses import (
     simnpo,
 )
 from .patch import DampenPatch
+from .relearn import Relearning, relearn_time
 from .search import DampenSearch, PotionReport, SearchPoint, potion_, search_dampening
 from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 
@@ -62,6 +63,7 @@ __all__ = [
     "Manipulation",
     "PatchTrigger",
     "PotionReport",
+    "Relearning",
     "SearchPoint",
     "Selection",
     "SelectionCurve",
@@ -87,6 +89,7 @@ __all__ = [
     "potion_",
     "prompt_decouple",
     "redi",
+    "relearn_time",
     "rmu",
     "search_dampening",
     "selection_curve",
