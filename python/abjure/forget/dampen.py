@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -321,7 +322,7 @@ def dampen_(
         lam=lam,
         exponent=exponent,
         dry_run=dry_run,
-        sizes={n: int(np.prod(parameters[n].shape)) for n in plan},
+        sizes={n: math.prod(parameters[n].shape) for n in plan},
         selected={n: s.count for n, (s, _) in done.items()},
         changed={n: s.changed for n, (s, _) in done.items()},
         zeroed={n: s.zeroed for n, (s, _) in done.items()},
@@ -343,9 +344,9 @@ def _dampen_all(
     dry_run: bool,
 ) -> dict[str, tuple[Selection, Any]]:
     """Counts and patch of every tensor; on any error, and on Ctrl-C with ``undo``, the tensors are as they were."""
-    weights = {n: parameters[n].detach() if is_torch(parameters[n]) else parameters[n] for n in plan}
-    elsewhere = [n for n in plan if device_path(weights[n], "dampen_array_") is not None]
-    here = [n for n in plan if n not in set(elsewhere)]
+    weights = {n: p.detach() if is_torch(p) else p for n, p in ((n, parameters[n]) for n in plan)}
+    elsewhere = [n for n, w in weights.items() if device_path(w, "dampen_array_") is not None]
+    here = [n for n in plan if n not in elsewhere] if elsewhere else plan
     done: dict[str, tuple[Selection, Any]] = {}
     with held_interrupt() as interrupt:
         try:
@@ -494,5 +495,5 @@ def selection_curve(
         if path is None:
             a, b, path = source(a, "forget"), source(b, "retain"), _native.selection_curve
         counts += np.asarray(path(a, b, grid.tolist(), f.count, d.count), dtype=np.int64)
-        size += int(np.prod(a.shape))
+        size += math.prod(a.shape)
     return SelectionCurve(grid, counts, size)

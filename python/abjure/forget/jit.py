@@ -149,7 +149,7 @@ def jit_(
                 for p, g in zip(parameters.values(), gradients, strict=True):
                     if g is not None:
                         p.sub_(g, alpha=lr)
-            constants.append(float(k))
+            constants.append(k.item())
         if not constants:
             raise DegenerateError("loader: expected at least one batch, got none")
     except BaseException:

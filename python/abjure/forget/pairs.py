@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,9 +65,9 @@ def check_alike(f: Importance, d: Importance, names: Iterable[str]) -> None:
     names = list(names)
     for name in names:
         a, b = f.arrays[name], d.arrays[name]
-        if tuple(a.shape) != tuple(b.shape):
+        if a.shape != b.shape and tuple(a.shape) != tuple(b.shape):
             raise ShapeError(f"retain: {name!r}: expected shape {tuple(a.shape)}, got {tuple(b.shape)}")
-        if _dtype(a) != _dtype(b):
+        if a.dtype is not b.dtype and _dtype(a) != _dtype(b):
             raise DTypeError(f"retain: {name!r}: expected dtype {a.dtype}, got {b.dtype}")
     if names and any(_size(d.arrays[n]) for n in names) and not any(_above_zero(d.arrays[n]) for n in names):
         raise ArgumentError(
@@ -96,7 +97,7 @@ def _dtype(x: Any) -> str:
 
 
 def _size(x: Any) -> int:
-    return int(np.prod(x.shape))
+    return math.prod(x.shape)
 
 
 def _above_zero(x: Any) -> bool:

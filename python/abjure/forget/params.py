@@ -26,25 +26,28 @@ def named(model: Any, arg: str = "model") -> dict[str, Any]:
     else:
         raise DTypeError(f"{arg}: expected a torch module or a mapping of name to array, got {type(model).__name__}")
     for name, p in found.items():
-        if not isinstance(name, str) or not hasattr(p, "shape"):
+        if not (isinstance(name, str) and hasattr(p, "shape")):
             raise DTypeError(f"{arg}: expected names and arrays, got {name!r}: {type(p).__name__}")
     return found
 
 
 def _memory(p: Any) -> tuple[Any, ...] | None:
-    """Where an array lies: device, first and last byte, shape and strides in bytes; None if it has no bytes."""
+    """Device, first and last byte, shape, strides in bytes (None if C-contiguous); None for an array without bytes."""
     if is_torch(p):
-        if p.numel() == 0 or p.device.type == "meta":
+        if p.numel() == 0 or p.is_meta:
             return None
-        size = p.element_size()
-        shape, strides, start = tuple(p.shape), tuple(s * size for s in p.stride()), p.data_ptr()
-        device = str(p.device)
+        size, start, device = p.element_size(), p.data_ptr(), "cpu" if p.is_cpu else str(p.device)
+        if p.is_contiguous():  # a short way: models have hundreds of tensors, and nearly all are so
+            return device, start, start + p.numel() * size, p.shape, None
+        shape, strides = tuple(p.shape), tuple(s * size for s in p.stride())
     else:
         p = np.asarray(p) if not isinstance(p, np.ndarray) else p
         if p.size == 0:
             return None
         shape, strides, start, size = p.shape, p.strides, p.__array_interface__["data"][0], p.itemsize
         device = "cpu"
+        if p.flags.c_contiguous:
+            return device, start, start + p.nbytes, shape, None
     reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
     low = start + sum(r for r in reach if r < 0)
     high = start + sum(r for r in reach if r > 0) + size
