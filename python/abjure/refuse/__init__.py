@@ -18,6 +18,8 @@ from .directions import (
 from .hooks import Recording, ablating, recording, steering
 from .model_edit import ModelEditReport, orthogonalize_model_
 from .phrases import ForbiddenPhrases
+from .prompts import Prompt, Prompts
+from .record import Activations, Contrasts, record_prompts, record_to_disk
 from .tokens import (
     RefusalTokens,
     bias_,
@@ -34,12 +36,16 @@ from .weights import WeightReport, orthogonalize_
 
 __all__ = [
     "ARCHITECTURES",
+    "Activations",
     "Architecture",
     "Contrast",
+    "Contrasts",
     "Direction",
     "Eraser",
     "ForbiddenPhrases",
     "ModelEditReport",
+    "Prompt",
+    "Prompts",
     "Recording",
     "RefusalTokens",
     "Threshold",
@@ -61,6 +67,8 @@ __all__ = [
     "orthogonalize_model_",
     "orthonormal_basis",
     "project",
+    "record_prompts",
+    "record_to_disk",
     "recording",
     "residual_writers",
     "row_lse",

@@ -36,7 +36,7 @@ class Contrast:
         nonfinite: Literal["error", "skip"] = "error",
         layer: int | None = None,
         site: Site = "pre",
-        position: int | None = None,
+        position: int | str | None = None,
     ) -> None:
         if nonfinite not in ("error", "skip"):
             raise ArgumentError(f'nonfinite: expected "error" or "skip", got {nonfinite!r}')

@@ -41,7 +41,7 @@ class Direction:
         vector: ``(d,)`` float64, as estimated: its length is the unit of steering.
         layer: index of the decoder block whose residual stream it was estimated in, if known.
         site: ``"pre"`` for the block's input, ``"post"`` for its output.
-        position: token position it was read at (negative from the end), if known.
+        position: token position it was read at (negative from the end, or a name), if known.
         counts: number of activations of class 0 and of class 1 (the class it points to).
         provenance: anything else worth keeping; must be JSON.
 
@@ -53,7 +53,7 @@ class Direction:
     vector: Vector
     layer: int | None = None
     site: Site = "pre"
-    position: int | None = None
+    position: int | str | None = None
     counts: tuple[int, int] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

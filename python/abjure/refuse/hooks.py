@@ -119,7 +119,7 @@ def _attached(attach: Iterable[Callable[[], Any]]) -> Iterator[None]:
         yield
 
 
-def _check_site(site: str) -> None:
+def check_site(site: str) -> None:
     if site not in ("pre", "post"):
         raise ArgumentError(f'site: expected "pre" or "post", got {site!r}')
 
@@ -188,7 +188,7 @@ def recording(
     Raises:
         ArgumentError, DTypeError: an argument does not fit the model. ShapeError: a position outside the sequence.
     """
-    _check_site(site)
+    check_site(site)
     if keep not in ("last", "all"):
         raise ArgumentError(f'keep: expected "last" or "all", got {keep!r}')
     index = _position_index(positions)
@@ -318,7 +318,7 @@ def steering(
             raise ArgumentError("layers: expected layers, since v does not say where it was estimated")
     if site is None:
         site = v.site if isinstance(v, Direction) else "pre"
-    _check_site(site)
+    check_site(site)
     vectors = _vectors(v, "v")
     if len(vectors) != 1:
         raise ShapeError(f"v: expected shape (d,), got {vectors.shape}")
