@@ -6,7 +6,7 @@ mod common;
 use abjure::cancel::Cancel;
 use abjure::element::{Element, Real};
 use abjure::forget::dampen::{Mode, RuleSpec, dampen, selection_curve};
-use abjure::forget::fisher::{Sum, accumulate};
+use abjure::forget::fisher::{Power, Sum, accumulate};
 use abjure::forget::logprobs::{token_logprobs, token_logprobs_backward};
 use abjure::simd::Exp;
 use abjure::view::{Rows, RowsMut};
@@ -65,7 +65,7 @@ fn accumulation<T: Element, A: Sum>(c: &mut Criterion) {
     let mut g = group(c, "fisher_accumulate");
     g.throughput(bytes(N * (2 * size_of::<A>() + size_of::<T>())));
     ours(&mut g, dtype, || {
-        accumulate(&mut sum, black_box(&grad), 1.0).expect("finite")
+        accumulate(&mut sum, black_box(&grad), &[1.0], Power::Square).expect("finite")
     });
     let setup = format!(
         "g, total = torch.randn({N}).to(dtype), torch.zeros({N}, dtype=torch.{})",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import ArgumentError
@@ -16,12 +17,23 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         ArgumentError: the path cannot be written; nothing is left behind.
     """
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A file to write inside the block, which takes the place of ``path`` where the block ends without an error.
+
+    Raises:
+        ArgumentError: the path cannot be written; nothing is left behind.
+    """
     path, temporary = Path(path), None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
@@ -32,6 +44,6 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         if isinstance(err, OSError):
-            found = f"{os.fspath(path)!r} ({err.strerror})"
+            found = f"{os.fspath(path)!r} ({err.strerror or err})"
             raise ArgumentError(f"path: expected a writable file path, got {found}") from err
         raise

@@ -1,4 +1,4 @@
-//! Streaming diagonal Fisher information: sums of squared gradients, whatever dtype the gradients have.
+//! Streaming diagonal Fisher information: sums of squared (or absolute) gradients, whatever dtype the gradients have.
 //!
 //! A sum in f32 of n non-negative terms has a relative error of at most (n + 2) · 2⁻²⁴, each term rounded twice
 //! (square and weight) before the sum; f64 sums square and add in f64.
@@ -31,10 +31,17 @@ impl Sum for f64 {
     const SLACK: f64 = 1e-9;
 }
 
+/// What is summed: the squares of the Fisher information, or the absolute values of label-free importance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Power {
+    Absolute,
+    Square,
+}
+
 #[inline(always)]
-fn term<T: Element, A: Sum>(g: T, weight: A) -> A {
+fn term<T: Element, A: Sum, const SQUARE: bool>(g: T, weight: A) -> A {
     let g = A::from_f64(g.load().to_f64());
-    weight * (g * g)
+    weight * if SQUARE { g * g } else { g.abs() }
 }
 
 /// Largest magnitude, or NaN if there is one.
@@ -71,23 +78,23 @@ impl<T: Element> Kernel for Peak<'_, T> {
     }
 }
 
-struct Add<'a, 'b, T, A> {
+struct Add<'a, 'b, T, A, const SQUARE: bool> {
     sum: &'b mut [A],
     grad: &'a [T],
     weight: A,
 }
 
-impl<T: Element, A: Sum> Kernel for Add<'_, '_, T, A> {
+impl<T: Element, A: Sum, const SQUARE: bool> Kernel for Add<'_, '_, T, A, SQUARE> {
     type Output = ();
     #[inline(always)]
     fn run(self) {
         for (s, g) in self.sum.iter_mut().zip(self.grad) {
-            *s += term(*g, self.weight);
+            *s += term::<T, A, SQUARE>(*g, self.weight);
         }
     }
 }
 
-fn expect_stack<A>(sum: &[A], grads: usize) -> Result<()> {
+fn expect_stack<A>(sum: &[A], grads: usize, weights: usize) -> Result<()> {
     let fits = if sum.is_empty() {
         grads == 0
     } else {
@@ -100,32 +107,58 @@ fn expect_stack<A>(sum: &[A], grads: usize) -> Result<()> {
             grads,
         ));
     }
+    let stacked = grads / sum.len().max(1);
+    if weights != 1 && weights != stacked && !sum.is_empty() {
+        return Err(Error::shape(
+            "weights",
+            format!("1 or {stacked}, one for each gradient"),
+            weights,
+        ));
+    }
     Ok(())
 }
 
-/// Whether `sum += weight * grad²` stays finite; `grad` is one gradient or several stacked ones.
+/// The weight of the `k`-th gradient of a stack, where one weight is everyone's.
+fn weight_of<A: Sum>(weights: &[f64], k: usize) -> A {
+    A::from_f64(weights[if weights.len() == 1 { 0 } else { k }])
+}
+
+/// Whether `sum += weight * grad²` (or `|grad|`) stays finite; `grad` is one gradient or several stacked ones, `weights`
+/// one number for all or one for each of the stack.
 ///
 /// Reads the gradient once, and the sum only where a term is so large that the sum could overflow.
 ///
 /// # Errors
 /// `NonFinite` naming the first NaN or infinite gradient, or the first element whose sum would overflow; `Shape` if the
-/// lengths do not fit; `Value` if `weight` is negative or not finite.
-pub fn check<T: Element, A: Sum>(sum: &[A], grad: &[T], weight: f64) -> Result<()> {
-    if !(weight >= 0.0 && Real::is_finite(A::from_f64(weight))) {
-        return Err(Error::value(
-            "weight",
-            format!("a finite {} of 0 or more", A::DTYPE),
-            weight,
-        ));
+/// lengths do not fit; `Value` if a weight is negative or not finite.
+pub fn check<T: Element, A: Sum>(
+    sum: &[A],
+    grad: &[T],
+    weights: &[f64],
+    power: Power,
+) -> Result<()> {
+    for &weight in weights {
+        if !(weight >= 0.0 && Real::is_finite(A::from_f64(weight))) {
+            return Err(Error::value(
+                "weight",
+                format!("a finite {} of 0 or more", A::DTYPE),
+                weight,
+            ));
+        }
     }
-    expect_stack(sum, grad.len())?;
+    expect_stack(sum, grad.len(), weights.len())?;
     let peaks = par::map(size_of_val(grad), grad.chunks(ITEM).collect(), |g| {
         dispatch(Peak(g))
     });
     let peak = peaks
         .into_iter()
         .fold(0.0, |a: f64, b| if b > a || b.is_nan() { b } else { a });
-    if peak * peak * weight < A::SAFE_TERM && peak * peak < A::SAFE_TERM {
+    let most = match power {
+        Power::Square => peak * peak,
+        Power::Absolute => peak,
+    };
+    let heaviest = weights.iter().copied().fold(0.0, f64::max);
+    if most * heaviest < A::SAFE_TERM && most < A::SAFE_TERM {
         return Ok(());
     }
     if let Some(index) = grad.iter().position(|g| !g.finite()) {
@@ -135,13 +168,21 @@ pub fn check<T: Element, A: Sum>(sum: &[A], grad: &[T], weight: f64) -> Result<(
             found: grad[index].load().to_f64(),
         });
     }
-    let weight = A::from_f64(weight);
     for (index, s) in sum.iter().enumerate() {
-        let stack = grad.iter().skip(index).step_by(sum.len());
-        let total = stack.fold(*s, |s, g| s + term(*g, weight));
+        let stack = grad.iter().skip(index).step_by(sum.len()).enumerate();
+        let total = stack.fold(*s, |s, (k, g)| {
+            let weight = weight_of(weights, k);
+            s + match power {
+                Power::Square => term::<T, A, true>(*g, weight),
+                Power::Absolute => term::<T, A, false>(*g, weight),
+            }
+        });
         if !Real::is_finite(total) {
             return Err(Error::NonFinite {
-                arg: "the sum of squares",
+                arg: match power {
+                    Power::Square => "the sum of squares",
+                    Power::Absolute => "the sum of absolute values",
+                },
                 index,
                 found: total.to_f64(),
             });
@@ -150,13 +191,19 @@ pub fn check<T: Element, A: Sum>(sum: &[A], grad: &[T], weight: f64) -> Result<(
     Ok(())
 }
 
-/// `sum += weight * grad²`, element by element; `grad` is one gradient or several stacked ones, added in order.
+/// `sum += weight * grad²` (or `|grad|`), element by element; `grad` is one gradient or several stacked ones, added in
+/// order.
 ///
 /// # Errors
 /// As [`check`], before anything is written.
-pub fn accumulate<T: Element, A: Sum>(sum: &mut [A], grad: &[T], weight: f64) -> Result<()> {
-    check(sum, grad, weight)?;
-    accumulate_checked(sum, grad, weight)
+pub fn accumulate<T: Element, A: Sum>(
+    sum: &mut [A],
+    grad: &[T],
+    weights: &[f64],
+    power: Power,
+) -> Result<()> {
+    check(sum, grad, weights, power)?;
+    accumulate_checked(sum, grad, weights, power)
 }
 
 /// As [`accumulate`] for what [`check`] has passed: the values are not looked at again.
@@ -166,17 +213,21 @@ pub fn accumulate<T: Element, A: Sum>(sum: &mut [A], grad: &[T], weight: f64) ->
 pub fn accumulate_checked<T: Element, A: Sum>(
     sum: &mut [A],
     grad: &[T],
-    weight: f64,
+    weights: &[f64],
+    power: Power,
 ) -> Result<()> {
-    expect_stack(sum, grad.len())?;
+    expect_stack(sum, grad.len(), weights.len())?;
     let n = sum.len();
-    let weight = A::from_f64(weight);
     let bytes = 2 * size_of_val(sum) + size_of_val(grad);
     let items = sum.chunks_mut(ITEM).enumerate().collect();
     par::for_each(bytes, items, |(k, sum): (usize, &mut [A])| {
-        for g in grad.chunks_exact(n) {
+        for (j, g) in grad.chunks_exact(n).enumerate() {
             let grad = &g[k * ITEM..][..sum.len()];
-            dispatch(Add { sum, grad, weight });
+            let weight = weight_of(weights, j);
+            match power {
+                Power::Square => dispatch(Add::<_, _, true> { sum, grad, weight }),
+                Power::Absolute => dispatch(Add::<_, _, false> { sum, grad, weight }),
+            }
         }
     });
     Ok(())
@@ -315,7 +366,7 @@ mod tests {
             for threads in [1, 3] {
                 par::set_num_threads(threads);
                 let mut sum = vec![A::ZERO; n];
-                accumulate(&mut sum, &grads[..stacks * n], weight).unwrap();
+                accumulate(&mut sum, &grads[..stacks * n], &[weight], Power::Square).unwrap();
                 for (s, e) in sum.iter().zip(&exact) {
                     let bound = (stacks + 3) as f64 * unit * e;
                     assert!((s.to_f64() - e).abs() <= bound + 1e-44, "{s:?} {e}");
@@ -352,7 +403,7 @@ mod tests {
             let mut g = vec![0.5f32; 3 * ITEM];
             g[at] = bad;
             let mut got = sum.clone();
-            let err = accumulate(&mut got, &g, 1.0).unwrap_err();
+            let err = accumulate(&mut got, &g, &[1.0], Power::Square).unwrap_err();
             assert!(
                 matches!(err, Error::NonFinite { index, .. } if index == at),
                 "{err}"
@@ -365,14 +416,14 @@ mod tests {
     fn large_but_representable_sums_pass() {
         let g = [1.8e19f32, 1e18];
         let mut sum = [0f32; 2];
-        accumulate(&mut sum, &g, 1.0).unwrap();
+        accumulate(&mut sum, &g, &[1.0], Power::Square).unwrap();
         assert!(sum.iter().all(|s| s.is_finite()));
-        assert!(accumulate(&mut sum, &g, 1.0).is_err());
+        assert!(accumulate(&mut sum, &g, &[1.0], Power::Square).is_err());
         assert_eq!(sum[0], 1.8e19f32 * 1.8e19);
         // Small terms never overflow even the largest finite sum.
         let mut full = [f32::MAX];
         for _ in 0..3 {
-            accumulate(&mut full, &[2f32.powi(50)], 2.0).unwrap();
+            accumulate(&mut full, &[2f32.powi(50)], &[2.0], Power::Square).unwrap();
         }
         assert_eq!(full, [f32::MAX]);
     }
@@ -382,15 +433,47 @@ mod tests {
         let mut sum = [0f32; 4];
         for weight in [-1.0, f64::NAN, 1e39] {
             assert!(matches!(
-                accumulate(&mut sum, &[1f32; 4], weight),
+                accumulate(&mut sum, &[1f32; 4], &[weight], Power::Square),
                 Err(Error::Value { .. })
             ));
         }
         assert!(matches!(
-            accumulate(&mut sum, &[1f32; 6], 1.0),
+            accumulate(&mut sum, &[1f32; 6], &[1.0], Power::Square),
             Err(Error::Shape { .. })
         ));
-        assert!(accumulate::<f32, f32>(&mut [], &[], 1.0).is_ok());
+        assert!(accumulate::<f32, f32>(&mut [], &[], &[1.0], Power::Square).is_ok());
+    }
+
+    #[test]
+    fn every_gradient_of_a_stack_has_its_weight_and_power() {
+        let n = ITEM + 3;
+        let grads: Vec<f32> = (0..3 * n).map(|i| (i as f32 * 0.7).sin()).collect();
+        let weights = [0.5, 0.0, 3.0];
+        for power in [Power::Square, Power::Absolute] {
+            let mut sum = vec![0f64; n];
+            accumulate(&mut sum, &grads, &weights, power).unwrap();
+            for (i, s) in sum.iter().enumerate() {
+                let exact: f64 = (0..3)
+                    .map(|k| {
+                        let g = f64::from(grads[k * n + i]);
+                        weights[k]
+                            * if power == Power::Square {
+                                g * g
+                            } else {
+                                g.abs()
+                            }
+                    })
+                    .sum();
+                assert!((s - exact).abs() <= 1e-15 * exact, "{s} {exact}");
+            }
+        }
+        let mut sum = [0f32; 2];
+        let err = accumulate(&mut sum, &[1f32; 6], &[1.0, 2.0], Power::Square).unwrap_err();
+        assert!(matches!(err, Error::Shape { .. }), "{err}");
+        // What overflows as a square does not as an absolute value.
+        accumulate(&mut sum, &[1e30f32; 2], &[1.0], Power::Absolute).unwrap();
+        assert!(accumulate(&mut sum, &[f32::MAX; 4], &[1.0], Power::Absolute).is_err());
+        assert_eq!(sum, [1e30; 2]);
     }
 
     #[test]

@@ -516,41 +516,54 @@ fn selection_curve(
     })?)
 }
 
+fn power_of(power: u32) -> Result<fisher::Power> {
+    match power {
+        1 => Ok(fisher::Power::Absolute),
+        2 => Ok(fisher::Power::Square),
+        _ => Err(Error::value("power", "1 or 2", power)),
+    }
+}
+
 /// Whether `fisher_accumulate` would succeed.
 #[pyfunction]
 fn fisher_check(
     py: Python<'_>,
     sum: &Bound<'_, PyAny>,
     grad: &Bound<'_, PyAny>,
-    weight: f64,
+    weights: Vec<f64>,
+    power: u32,
 ) -> PyResult<()> {
     let (s, g) = (Array::extract(sum, "sum")?, Array::extract(grad, "grad")?);
+    let power = power_of(power)?;
     with_importance!(s, "sum", A => with_dtype!(g.dtype(), T => {
         let (s, g) = (s.flat::<A>()?, g.flat::<T>()?);
-        py.detach(|| fisher::check(s, g, weight))
+        py.detach(|| fisher::check(s, g, &weights, power))
     }))?;
     Ok(())
 }
 
-/// `sum += weight * grad²`; `grad` holds one or several gradients. `checked` says that `fisher_check` has passed them.
+/// `sum += weight * |grad|^power`; `grad` holds one or several gradients, `weights` one number or one for each.
+/// `checked` says that `fisher_check` has passed them.
 #[pyfunction]
-#[pyo3(signature = (sum, grad, weight, checked=false))]
+#[pyo3(signature = (sum, grad, weights, power, checked=false))]
 fn fisher_accumulate(
     py: Python<'_>,
     sum: &Bound<'_, PyAny>,
     grad: &Bound<'_, PyAny>,
-    weight: f64,
+    weights: Vec<f64>,
+    power: u32,
     checked: bool,
 ) -> PyResult<()> {
     let (mut s, g) = (Array::extract(sum, "sum")?, Array::extract(grad, "grad")?);
+    let power = power_of(power)?;
     s.expect_disjoint(&[&g])?;
     with_importance!(s, "sum", A => with_dtype!(g.dtype(), T => {
         let (s, g) = (s.flat_mut::<A>()?, g.flat::<T>()?);
         py.detach(|| {
             if !checked {
-                return fisher::accumulate(s, g, weight);
+                return fisher::accumulate(s, g, &weights, power);
             }
-            fisher::accumulate_checked(s, g, weight)
+            fisher::accumulate_checked(s, g, &weights, power)
         })
     }))?;
     Ok(())

@@ -19,6 +19,7 @@ from .corrective import (
     shuffle_labels,
     swap_classes,
 )
+from .criteria import Criterion, cross_entropy, output_norm, squared_output_norm
 from .dampen import DampenReport, Selection, SelectionCurve, dampen_, dampen_array_, selection_curve
 from .estimate import importance
 from .fisher import Fisher
@@ -45,6 +46,7 @@ from .losses import (
 )
 from .patch import DampenPatch
 from .relearn import Relearning, relearn_time
+from .resume import parameter_hash
 from .search import DampenSearch, PotionReport, SearchPoint, potion_, search_dampening
 from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 
@@ -55,6 +57,7 @@ __all__ = [
     "CorrectiveCell",
     "CorrectiveReport",
     "CorrectiveTask",
+    "Criterion",
     "DampenPatch",
     "DampenReport",
     "DampenSearch",
@@ -72,6 +75,7 @@ __all__ = [
     "WorstCase",
     "adaptive_alpha",
     "corrective_benchmark",
+    "cross_entropy",
     "dampen_",
     "dampen_array_",
     "dpo",
@@ -85,6 +89,8 @@ __all__ = [
     "kl_retain",
     "nll",
     "npo",
+    "output_norm",
+    "parameter_hash",
     "poison",
     "potion_",
     "prompt_decouple",
@@ -96,6 +102,7 @@ __all__ = [
     "sequence_logprobs",
     "shuffle_labels",
     "simnpo",
+    "squared_output_norm",
     "swap_classes",
     "token_logprobs",
     "worst_case_forget_set",

@@ -1,16 +1,18 @@
-"""Streaming diagonal Fisher importance: means of squared gradients, per parameter."""
+"""Streaming diagonal importance: means of squared (Fisher) or absolute (label-free) gradients, per parameter."""
 
 from __future__ import annotations
 
+import copy
 import html
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from .. import _native
-from .._files import write_atomically
+from .._files import replacing
 from .._interop import device_path, is_torch, source
 from ..errors import AbjureError, ArgumentError, DTypeError, LayoutError, ShapeError
 from .params import listed, named
@@ -22,9 +24,9 @@ _FORMAT = "abjure.fisher.1"
 class Fisher:
     """Diagonal Fisher importance, accumulated one gradient at a time.
 
-    ``I = (1/n) Σ w g²`` with ``n = Σ w``, element by element, in ``dtype`` (float32 or float64) whatever the dtype of
-    the gradients: squares of half-precision gradients underflow in half precision. What is kept is the sum; its
-    relative error after k updates is at most ``(k + 2) * 2**-24`` in float32 (``2**-53`` in float64).
+    ``I = (1/n) Σ w |g|^power`` with ``n = Σ w``, element by element, in ``dtype`` (float32 or float64) whatever the
+    dtype of the gradients: squares of half-precision gradients underflow in half precision. What is kept is the sum;
+    its relative error after k updates is at most ``(k + 2) * 2**-24`` in float32 (``2**-53`` in float64).
 
     ``unit`` says what ``g`` is, and importances of different units never mix:
 
@@ -32,24 +34,32 @@ class Fisher:
       (arXiv 2308.07707) squares it. Its size depends on the batch size.
     - ``"sample"``: the gradient of one example, the empirical Fisher.
 
+    ``power`` is 2 for the Fisher information, and 1 for the importances of label-free dampening (arXiv 2402.19308),
+    means of absolute gradients. The two do not mix either: a ratio of 10 in squares is one of 3.16 in absolute values.
+
     Gradients must be unscaled (mixed-precision loss scales enter squared) and not yet averaged over processes if the
     batch is meant to be one process's.
 
     Args:
         unit: ``"batch"`` or ``"sample"``.
         dtype: ``"float32"`` or ``"float64"``, of the sums.
+        power: 2 or 1.
 
     Raises:
-        ArgumentError: an unknown unit or dtype.
+        ArgumentError: an unknown unit, dtype or power.
     """
 
-    def __init__(self, unit: Unit = "batch", dtype: str = "float32") -> None:
+    def __init__(self, unit: Unit = "batch", dtype: str = "float32", power: int = 2) -> None:
         if unit not in ("batch", "sample"):
             raise ArgumentError(f"unit: expected 'batch' or 'sample', got {unit!r}")
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in ("float32", "float64"):
             raise ArgumentError(f"dtype: expected 'float32' or 'float64', got {dtype!r}")
+        if power not in (1, 2):
+            raise ArgumentError(f"power: expected 1 or 2, got {power!r}")
         self._unit: Unit = unit
+        self._power = int(power)
+        self._provenance: dict[str, Any] = {}
         self._dtype = dtype
         self._count = 0.0
         self._sums: dict[str, Any] = {}
@@ -58,6 +68,20 @@ class Fisher:
     def unit(self) -> Unit:
         """What one gradient was: a batch's mean or one sample's."""
         return self._unit
+
+    @property
+    def power(self) -> int:
+        """2 where squares are summed, 1 where absolute values are."""
+        return self._power
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where this comes from, as :func:`importance` noted it; saved with it. Entries may be added; JSON only.
+
+        ``model`` (class), ``name``, ``parameters`` (hash), ``loss``, ``batches``, ``examples``, ``data`` (hash),
+        ``mode``, ``versions``, ``date``, ``notes``. After ``merge`` and ``subtract``: the two it was made of.
+        """
+        return self._provenance
 
     @property
     def dtype(self) -> str:
@@ -84,7 +108,7 @@ class Fisher:
         return iter(self._sums)
 
     def sum(self, name: str) -> Any:
-        """The sum ``Σ w g²`` of a parameter: the array that is kept, not a copy.
+        """The sum ``Σ w |g|^power`` of a parameter: the array that is kept, not a copy.
 
         Raises:
             ArgumentError: no such parameter.
@@ -107,14 +131,15 @@ class Fisher:
     def __getitem__(self, name: str) -> Any:
         return self.mean(name)
 
-    def update(self, gradients: Any, weight: float = 1.0, *, stacked: bool = False) -> Fisher:
-        """Adds the squares of one gradient (or of stacked per-example gradients) with ``weight``.
+    def update(self, gradients: Any, weight: float | Sequence[float] = 1.0, *, stacked: bool = False) -> Fisher:
+        """Adds the squares (``power=1``: absolute values) of one gradient, or of stacked ones, with ``weight``.
 
         Args:
             gradients: a torch module, whose ``named_parameters()`` hold ``.grad`` (tied weights once), or a mapping of
                 name to gradient, any of the four dtypes. A gradient of None counts as zeros.
             weight: of this gradient; 1 for every batch is what the published code does, ragged last batch included.
-            stacked: the gradients carry a leading axis of examples; needs ``unit="sample"``. ``weight`` is each one's.
+            stacked: the gradients carry a leading axis of examples; needs ``unit="sample"``. ``weight`` is each one's,
+                or holds one number (0 or more) for each.
 
         Returns:
             This object.
@@ -122,29 +147,45 @@ class Fisher:
         Raises:
             NonFiniteError: a gradient is NaN or infinite, or its square overflows the sum; the parameter is named.
             ShapeError, DTypeError, LayoutError, DeviceError: a gradient does not fit.
-            ArgumentError: names differ from earlier updates, or ``weight`` is not a positive number.
+            ArgumentError: names differ from earlier updates, ``weight`` is not a positive number, or its numbers are
+                negative, all 0, or not one for each example.
             Nothing has been added then.
         """
-        weight = float(weight)
-        if not (np.isfinite(weight) and weight > 0):
-            raise ArgumentError(f"weight: expected a finite number above 0, got {weight}")
+        weights = _weights(weight, stacked)
         if stacked and self._unit != "sample":
             raise ArgumentError("stacked: expected unit='sample', got unit='batch'")
         given, likes = self._gradients(gradients, stacked)
         sums = self._sums or {name: _zeros(like, shape, self._dtype) for name, (like, shape) in likes.items()}
         examples = _examples(given, sums, stacked)
+        if len(weights) not in (1, examples):
+            raise ArgumentError(f"weight: expected 1 number or {examples}, one for each example, got {len(weights)}")
         flat = {name: _readable(g, name) for name, g in given.items() if g is not None}
         for name, g in flat.items():
-            _named_error(name, _check, sums[name], g, weight)
+            _named_error(name, _check, sums[name], g, weights, self._power)
         for name, g in flat.items():
-            _accumulate(sums[name], g, weight)
+            _accumulate(sums[name], g, weights, self._power)
         self._sums = sums
-        self._count += weight * examples
+        self._count += sum(weights) if len(weights) > 1 else weights[0] * examples
         return self
+
+    def _add(self, name: str, gradient: Any, weight: float) -> None:
+        """Adds one parameter's gradient, whose shape is known to fit, and leaves the count alone."""
+        g = _readable(gradient, name)
+        _named_error(name, _check, self._sums[name], g, [weight], self._power)
+        _accumulate(self._sums[name], g, [weight], self._power)
 
     def _begin(self, parameters: Mapping[str, Any]) -> None:
         """Fixes the names and shapes before the first update."""
         self._sums = {name: _zeros(p, tuple(p.shape), self._dtype) for name, p in parameters.items()}
+
+    def _continue(self, saved: Fisher) -> None:
+        """Takes the sums of a file, on the devices of those begun here."""
+        import torch
+
+        for name, s in saved._sums.items():
+            mine = torch.from_numpy(s if s.flags.writeable else s.copy())
+            self._sums[name] = mine.to(self._sums[name].device)
+        self._count = saved._count
 
     def _gradients(
         self, gradients: Any, stacked: bool
@@ -172,7 +213,7 @@ class Fisher:
         return given, likes
 
     def _expect_same_kind(self, other: Fisher) -> None:
-        for what in ("unit", "dtype"):
+        for what in ("unit", "power", "dtype"):
             if getattr(self, what) != getattr(other, what):
                 raise ArgumentError(f"other: expected {what} {getattr(self, what)!r}, got {getattr(other, what)!r}")
 
@@ -196,6 +237,9 @@ class Fisher:
             _named_error(name, _combine, s, other._sums[name], subtract, True)
         for name, s in self._sums.items():
             _combine(s, other._sums[name], subtract, False)
+        if self._provenance or other._provenance:
+            operation = "subtract" if subtract else "merge"
+            self._provenance = {operation: [self._provenance, copy.deepcopy(other._provenance)]}
         self._count += -other._count if subtract else other._count
         return self
 
@@ -203,13 +247,13 @@ class Fisher:
         """Adds what ``other`` has seen: ``I = (n₁ I₁ + n₂ I₂) / (n₁ + n₂)``, added in float64, in place.
 
         Raises:
-            ArgumentError, ShapeError: unit, dtype, names or shapes differ.
+            ArgumentError, ShapeError: unit, power, dtype, names or shapes differ.
             NonFiniteError: a sum overflows. Nothing has been changed then.
         """
         if isinstance(other, Fisher) and not self._sums:
             self._expect_same_kind(other)
             new = other.copy()
-            self._sums, self._count = new._sums, new._count
+            self._sums, self._count, self._provenance = new._sums, new._count, new._provenance
             return self
         return self._combine(other, subtract=False)
 
@@ -221,15 +265,16 @@ class Fisher:
         less than 1e-3 of what is taken away in float32, 1e-9 in float64) become 0.
 
         Raises:
-            ArgumentError, ShapeError: unit, dtype, names or shapes differ, or more is taken away than there is.
+            ArgumentError, ShapeError: unit, power, dtype, names or shapes differ, or more is taken away than there is.
             Nothing has been changed then.
         """
         return self._combine(other, subtract=True)
 
     def copy(self) -> Fisher:
         """An independent copy."""
-        new = Fisher(self._unit, self._dtype)
+        new = Fisher(self._unit, self._dtype, self._power)
         new._count = self._count
+        new._provenance = copy.deepcopy(self._provenance)
         new._sums = {name: s.clone() if is_torch(s) else s.copy() for name, s in self._sums.items()}
         return new
 
@@ -237,18 +282,18 @@ class Fisher:
         """Sums over the processes of a ``torch.distributed`` group, in place; does nothing where none is initialised.
 
         Raises:
-            ArgumentError: the processes hold different units, dtypes, names or shapes. Nothing has been changed then.
+            ArgumentError: the processes hold different units, powers, dtypes, names or shapes. Nothing is changed then.
         """
         import torch
         from torch import distributed
 
         if not (distributed.is_available() and distributed.is_initialized()):
             return self
-        mine = (self._unit, self._dtype, [(n, tuple(s.shape)) for n, s in self._sums.items()])
+        mine = (self._unit, self._power, self._dtype, [(n, tuple(s.shape)) for n, s in self._sums.items()])
         everyone: list[Any] = [None] * distributed.get_world_size(group)
         distributed.all_gather_object(everyone, mine, group=group)
         if any(other != mine for other in everyone):
-            raise ArgumentError("all_reduce: expected the same unit, dtype and parameters in every process")
+            raise ArgumentError("all_reduce: expected the same unit, power, dtype and parameters in every process")
         for s in self._sums.values():
             distributed.all_reduce(s if is_torch(s) else torch.from_numpy(s), group=group)
         counts: list[Any] = [None] * len(everyone)
@@ -257,12 +302,19 @@ class Fisher:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"unit", "dtype", "count", "sum": {name: array}}``; the arrays are those that are kept."""
-        return {"unit": self._unit, "dtype": self._dtype, "count": self._count, "sum": dict(self._sums)}
+        """``{"unit", "power", "dtype", "count", "sum": {name: array}, "provenance"}``; the arrays that are kept."""
+        return {
+            "unit": self._unit,
+            "power": self._power,
+            "dtype": self._dtype,
+            "count": self._count,
+            "sum": dict(self._sums),
+            "provenance": copy.deepcopy(self._provenance),
+        }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Fisher:
-        """The reverse of :meth:`state_dict`; the arrays are taken, not copied.
+        """The reverse of :meth:`state_dict`; the arrays are taken, not copied. ``power`` is 2 where it is not given.
 
         Raises:
             ArgumentError: an entry is missing or the count is negative.
@@ -272,7 +324,8 @@ class Fisher:
         missing = {"unit", "dtype", "count", "sum"} - set(state)
         if missing:
             raise ArgumentError(f"state: expected 'unit', 'dtype', 'count' and 'sum', got no {listed(missing)}")
-        new = cls(state["unit"], state["dtype"])
+        new = cls(state["unit"], state["dtype"], state.get("power", 2))
+        new._provenance = dict(state.get("provenance", {}))
         new._count = float(state["count"])
         if not (np.isfinite(new._count) and new._count >= 0):
             raise ArgumentError(f"state: expected a count of 0 or more, got {new._count}")
@@ -284,25 +337,36 @@ class Fisher:
         return new
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: the sums by name; unit, count, dtype and version in the metadata.
+        """Writes a safetensors file: the sums by name; unit, power, count, dtype and provenance in the metadata.
 
         The file appears complete or not at all.
 
         Raises:
-            ArgumentError: the path cannot be written.
+            ArgumentError: the path cannot be written, or the provenance is not JSON.
         """
-        from safetensors.numpy import save
+        self._save(path, {})
 
+    def _save(self, path: str | os.PathLike[str], extra: Mapping[str, str]) -> None:
+        from safetensors.numpy import save_file
+
+        try:
+            provenance = json.dumps(self._provenance)
+        except (TypeError, ValueError) as err:
+            raise ArgumentError(f"provenance: expected entries that JSON can hold ({err})") from err
         arrays = {name: np.ascontiguousarray(_to_numpy(s)).reshape(s.shape) for name, s in self._sums.items()}
         metadata = {
             "format": _FORMAT,
-            "content": "sum of weighted squared gradients; divide by count",
+            "content": "sum of weighted |gradient| to the power; divide by count",
             "unit": self._unit,
+            "power": str(self._power),
             "dtype": self._dtype,
             "count": repr(self._count),
+            "provenance": provenance,
             "abjure": _native.__version__,
+            **extra,
         }
-        write_atomically(path, save(arrays, metadata))
+        with replacing(path) as temporary:
+            save_file(arrays, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fisher:
@@ -312,6 +376,11 @@ class Fisher:
             ArgumentError: the file cannot be read or is not a Fisher file.
             NonFiniteError: it holds a value that a Fisher cannot have.
         """
+        return cls._load(path)[0]
+
+    @classmethod
+    def _load(cls, path: str | os.PathLike[str]) -> tuple[Fisher, dict[str, str]]:
+        """What the file holds, and all of its metadata."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -323,15 +392,22 @@ class Fisher:
         except (OSError, SafetensorError) as err:
             raise ArgumentError(f"path: expected a readable Fisher file, got {os.fspath(path)!r} ({err})") from err
         try:
-            count = float(metadata["count"])
-            state = {"unit": metadata["unit"], "dtype": metadata["dtype"], "count": count, "sum": sums}
+            state = {
+                "unit": metadata["unit"],
+                "power": int(metadata.get("power", 2)),
+                "dtype": metadata["dtype"],
+                "count": float(metadata["count"]),
+                "provenance": json.loads(metadata.get("provenance", "{}")),
+                "sum": sums,
+            }
         except (KeyError, ValueError) as err:
-            raise ArgumentError(f"path: expected unit, dtype and count in the metadata ({err})") from err
-        return cls.from_state_dict(state)
+            raise ArgumentError(f"path: expected unit, power, dtype and count in the metadata ({err})") from err
+        return cls.from_state_dict(state), metadata
 
     def _summary(self) -> str:
         size = sum(int(np.prod(s.shape)) for s in self._sums.values())
-        return f"unit {self._unit!r}, count {self._count:g}, {len(self)} tensors, {size:,} parameters, {self._dtype}"
+        kind = f"unit {self._unit!r}" + (", power 1" if self._power == 1 else "")
+        return f"{kind}, count {self._count:g}, {len(self)} tensors, {size:,} parameters, {self._dtype}"
 
     def __repr__(self) -> str:
         return f"Fisher({self._summary()})"
@@ -342,13 +418,29 @@ class Fisher:
             for name, s in self._sums.items()
         )
         head = "<tr><th>parameter</th><th>shape</th><th>mean importance</th></tr>"
-        return f"<p><b>Fisher</b>: {html.escape(self._summary())}</p><table>{head}{rows}</table>"
+        facts = "".join(f"<br>{html.escape(f'{k}: {v}')}" for k, v in self._provenance.items())
+        return f"<p><b>Fisher</b>: {html.escape(self._summary())}{facts}</p><table>{head}{rows}</table>"
 
 
 def _mean_of(s: Any, count: float) -> float:
     size = int(np.prod(s.shape))
     total = float(s.double().sum()) if is_torch(s) else float(np.sum(s, dtype=np.float64))
     return total / (count * size) if count and size else 0.0
+
+
+def _weights(weight: Any, stacked: bool) -> list[float]:
+    """One weight, or those of stacked examples."""
+    found = np.asarray(weight.detach().cpu() if is_torch(weight) else weight, dtype=np.float64)
+    if found.ndim == 0:
+        if not (np.isfinite(found) and found > 0):
+            raise ArgumentError(f"weight: expected a finite number above 0, got {float(found)}")
+        return [float(found)]
+    if not stacked or found.ndim > 1:
+        expected = "one number, or one for each stacked example" if stacked else "one number"
+        raise ArgumentError(f"weight: expected {expected}, got shape {found.shape}")
+    if not (np.isfinite(found).all() and (found >= 0).all() and found.any()):
+        raise ArgumentError(f"weight: expected finite numbers of 0 or more, not all 0, got {found}")
+    return [float(w) for w in found]
 
 
 def _zeros(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
@@ -402,20 +494,20 @@ def _named_error(name: str, call: Any, *args: Any) -> None:
         raise type(err)(f"{name!r}: {err}") from None
 
 
-def _check(s: Any, g: Any, weight: float) -> None:
+def _check(s: Any, g: Any, weights: list[float], power: int) -> None:
     path = device_path(g, "fisher_accumulate")
     if path is not None:
-        path(s, g, weight, check_only=True)
+        path(s, g, weights, power, check_only=True)
     else:
-        _native.fisher_check(s, g, weight)
+        _native.fisher_check(s, g, weights, power)
 
 
-def _accumulate(s: Any, g: Any, weight: float) -> None:
+def _accumulate(s: Any, g: Any, weights: list[float], power: int) -> None:
     path = device_path(g, "fisher_accumulate")
     if path is not None:
-        path(s, g, weight)
+        path(s, g, weights, power)
     else:
-        _native.fisher_accumulate(s, g, weight, checked=True)
+        _native.fisher_accumulate(s, g, weights, power, checked=True)
 
 
 def _combine(s: Any, other: Any, subtract: bool, check_only: bool) -> None:

@@ -269,17 +269,19 @@ def _dampen_array_(
     return counts, TorchPatch.between(selected, old, new) if record else None
 
 
-def _fisher_accumulate(sums: Any, grad: Any, weight: float, *, check_only: bool = False) -> None:
+def _fisher_accumulate(sums: Any, grad: Any, weights: list[float], power: int, *, check_only: bool = False) -> None:
     if not isinstance(sums, torch.Tensor) or sums.device != grad.device:
         raise DeviceError(f"grad: expected a gradient on {getattr(sums, 'device', 'the CPU')}, got {grad.device}")
     stack = grad.detach().reshape(-1, *sums.shape)
     total = sums.clone() if check_only else sums
-    for g in stack:
-        total += g.to(sums.dtype).square_().mul_(weight)
+    for g, weight in zip(stack, weights * len(stack) if len(weights) == 1 else weights, strict=True):
+        g = g.to(sums.dtype)
+        total += (g.square() if power == 2 else g.abs()).mul_(weight)
     if check_only and not bool(grad.isfinite().all()):
         raise NonFiniteError("grad: non-finite value")
     if check_only and not bool(total.isfinite().all()):
-        raise NonFiniteError("the sum of squares: non-finite value inf")
+        what = "squares" if power == 2 else "absolute values"
+        raise NonFiniteError(f"the sum of {what}: non-finite value inf")
 
 
 def _fisher_combine(sums: Any, other: Any, subtract: bool, *, check_only: bool = False) -> None:
