@@ -245,7 +245,7 @@ def test_potion_unlearns_a_trigger_of_which_a_part_is_known():
                     p -= 0.3 * grad
 
         def measured(rows):
-            fisher = Fisher("sample")
+            fisher = Fisher("sample", power=1)
             for i in rows:
                 norm = model(x[i]).norm()
                 gradients = torch.autograd.grad(norm, list(model.parameters()))

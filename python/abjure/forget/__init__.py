@@ -22,7 +22,6 @@ from .corrective import (
 from .criteria import Criterion, cross_entropy, output_norm, squared_output_norm
 from .dampen import DampenReport, Selection, SelectionCurve, dampen_, dampen_array_, selection_curve
 from .estimate import importance
-from .evaluate import Evaluation, Measure, evaluate_unlearning
 from .fisher import Fisher
 from .jit import JitReport, jit_
 from .logprobs import token_logprobs
@@ -46,12 +45,14 @@ from .losses import (
     simnpo,
 )
 from .patch import DampenPatch
+from .presets import DAMPENING_PRESETS, DampenPreset, unlearn_
 from .relearn import Relearning, relearn_time
 from .resume import parameter_hash
 from .search import DampenSearch, PotionReport, SearchPoint, potion_, search_dampening
 from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 
 __all__ = [
+    "DAMPENING_PRESETS",
     "DIVERGENCES",
     "PRESETS",
     "AdaptiveAlpha",
@@ -60,13 +61,12 @@ __all__ = [
     "CorrectiveTask",
     "Criterion",
     "DampenPatch",
+    "DampenPreset",
     "DampenReport",
     "DampenSearch",
-    "Evaluation",
     "Fisher",
     "JitReport",
     "Manipulation",
-    "Measure",
     "PatchTrigger",
     "PotionReport",
     "Relearning",
@@ -82,7 +82,6 @@ __all__ = [
     "dampen_",
     "dampen_array_",
     "dpo",
-    "evaluate_unlearning",
     "flat",
     "ga",
     "grad_diff",
@@ -109,5 +108,6 @@ __all__ = [
     "squared_output_norm",
     "swap_classes",
     "token_logprobs",
+    "unlearn_",
     "worst_case_forget_set",
 ]
