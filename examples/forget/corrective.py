@@ -35,7 +35,7 @@ from abjure.forget import (
     selection_curve,
 )
 
-ALPHAS = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+ALPHAS = tuple(np.geomspace(0.1, 1000, 25).tolist())
 RATIOS = (0.1, 0.5, 1.0)
 #: Held-out accuracy that the search may give up.
 TOLERANCE = 0.02

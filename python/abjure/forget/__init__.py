@@ -22,6 +22,7 @@ from .corrective import (
 from .criteria import Criterion, cross_entropy, output_norm, squared_output_norm
 from .dampen import DampenReport, Selection, SelectionCurve, dampen_, dampen_array_, selection_curve
 from .estimate import importance
+from .evaluate import Evaluation, Measure, evaluate_unlearning
 from .fisher import Fisher
 from .jit import JitReport, jit_
 from .logprobs import token_logprobs
@@ -64,9 +65,11 @@ __all__ = [
     "DampenPreset",
     "DampenReport",
     "DampenSearch",
+    "Evaluation",
     "Fisher",
     "JitReport",
     "Manipulation",
+    "Measure",
     "PatchTrigger",
     "PotionReport",
     "Relearning",
@@ -82,6 +85,7 @@ __all__ = [
     "dampen_",
     "dampen_array_",
     "dpo",
+    "evaluate_unlearning",
     "flat",
     "ga",
     "grad_diff",

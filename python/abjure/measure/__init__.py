@@ -2,11 +2,15 @@
 
 Similarity of representations (:func:`cka`, :class:`LinearCKA`), nearest-neighbour transfer (:func:`knn_transfer`), the
 tug-of-war score (:func:`tug_of_war`) and membership inference (:func:`entropy_mia`, :func:`svc_mia`).
+For language models that were made to forget: :mod:`~abjure.measure.quality` (:func:`forget_quality`,
+:func:`model_utility`) and :mod:`~abjure.measure.sequence_membership` (:func:`sequence_mia`).
 """
 
 from __future__ import annotations
 
 from .membership import SVC_FEATURES, entropy_mia, modified_entropy, svc_mia
+from .quality import forget_quality, ks_test, model_utility, paired_bootstrap, truth_ratio
+from .sequence_membership import sequence_mia
 from .similarity import LinearCKA, cka
 from .transfer import Transfer, knn_transfer
 from .tug_of_war import tug_of_war
@@ -17,8 +21,14 @@ __all__ = [
     "Transfer",
     "cka",
     "entropy_mia",
+    "forget_quality",
     "knn_transfer",
+    "ks_test",
+    "model_utility",
     "modified_entropy",
+    "paired_bootstrap",
+    "sequence_mia",
     "svc_mia",
+    "truth_ratio",
     "tug_of_war",
 ]

@@ -116,6 +116,8 @@ def outputs(
     kept: dict[str, dict[str, list[Any]]] = {m: {layer: [] for layer in layers} for m in models}
     # Hooks may leave a note for the batch at hand only.
     notes: dict[str, dict[str, list[Any]]] = {m: {layer: [] for layer in layers} for m in models}
+    # The name whose forward pass runs: one module may stand under several names, or share submodules with another.
+    running: list[str] = []
     with ExitStack() as stack:
         for m, model in models.items():
             if not hasattr(model, "named_modules"):
@@ -124,11 +126,12 @@ def outputs(
             for layer in layers:
                 if layer not in modules:
                     raise ArgumentError(f"layers: expected submodules of {m}, got {layer!r}")
-                handle = modules[layer].register_forward_hook(_note(notes[m][layer]))
+                handle = modules[layer].register_forward_hook(_note(notes[m][layer], m, running))
                 stack.callback(handle.remove)
         stack.enter_context(evaluating(*models.values()))
         for i, batch in enumerate(loader):
             for m, model in models.items():
+                running[:] = [m]
                 logits, labels = forward(model, batch)
                 p, losses, y = _rows(logits, labels, f"{name}: batch {i}: {m}")
                 for column, values in zip(found[m], (p, losses, y), strict=True):
@@ -151,9 +154,10 @@ def outputs(
     }
 
 
-def _note(notes: list[Any]) -> Callable[..., None]:
+def _note(notes: list[Any], name: str, running: list[str]) -> Callable[..., None]:
     def hook(module: Any, inputs: Any, output: Any) -> None:
-        notes.append((output[0] if isinstance(output, tuple) else output).detach())
+        if running == [name]:
+            notes.append((output[0] if isinstance(output, tuple) else output).detach())
 
     return hook
 
