@@ -21,8 +21,17 @@ FORGOTTEN = 3
 LAYER = "7"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are so small that torch's threads cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def trial():
+def trial(one_thread):
     """Class 3 is forgotten: the original, a retrained network, and one whose head alone forgot."""
     with digits.one_thread():
         x, y = digits.digits()

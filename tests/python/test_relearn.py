@@ -14,6 +14,15 @@ from abjure.errors import ArgumentError, DegenerateError, DTypeError, NonFiniteE
 from abjure.forget import Relearning, relearn_time
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are so small that torch's threads cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Point(nn.Module):
     """Loss theta**2 / 2 per batch: a step of rate r multiplies theta by 1 - r."""
 

@@ -14,6 +14,15 @@ from abjure.forget import SignUnlearning, worst_case_forget_set
 from abjure.forget.worst_case import project_capped_simplex, top_m
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are so small that torch's threads cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_projection_vector():
     w = project_capped_simplex([0.9, -0.3, 0.4, 1.7, 0], 2)
     np.testing.assert_allclose(w, [0.75, 0, 0.25, 1, 0], rtol=0, atol=1e-15)

@@ -25,6 +25,7 @@ from .estimate import importance
 from .evaluate import Evaluation, Measure, evaluate_unlearning
 from .fisher import Fisher
 from .jit import JitReport, jit_
+from .label_agnostic import LAF_PRESETS, LAFReport, label_agnostic_forget
 from .logprobs import token_logprobs
 from .losses import (
     DIVERGENCES,
@@ -55,6 +56,7 @@ from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 __all__ = [
     "DAMPENING_PRESETS",
     "DIVERGENCES",
+    "LAF_PRESETS",
     "PRESETS",
     "AdaptiveAlpha",
     "CorrectiveCell",
@@ -68,6 +70,7 @@ __all__ = [
     "Evaluation",
     "Fisher",
     "JitReport",
+    "LAFReport",
     "Manipulation",
     "Measure",
     "PatchTrigger",
@@ -94,6 +97,7 @@ __all__ = [
     "importance",
     "jit_",
     "kl_retain",
+    "label_agnostic_forget",
     "nll",
     "npo",
     "output_norm",
