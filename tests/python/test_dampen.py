@@ -624,6 +624,15 @@ def test_held_interrupts_are_raised_at_the_end_and_nest():
     with pytest.raises(KeyboardInterrupt):
         nested()
     assert reached == [True, True]
+
+    def failing():
+        with held_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("x")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        failing()
+    assert isinstance(caught.value.__context__, ValueError)
     done = []
     worker = threading.Thread(target=lambda: done.append(held_interrupt().__enter__().pending))
     worker.start()

@@ -46,8 +46,8 @@ def held_interrupt() -> Iterator[Interrupt]:
         yield held
     finally:
         signal.signal(signal.SIGINT, before)
-    if held.pending:
-        before(signal.SIGINT, None)
+        if held.pending:
+            before(signal.SIGINT, None)
 
 
 class DampenPatch:
