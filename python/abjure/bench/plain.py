@@ -27,6 +27,19 @@ def accumulate(total: Any, g: Any) -> None:
     total.add_(g.to(total.dtype).pow(2))
 
 
+def importance(model: Any, batches: Any, loss: Any) -> dict[str, Any]:
+    """The importance pass as published: gradients into ``.grad``, squares added to zeros, divided at the end."""
+    model.eval()
+    sums = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for batch in batches:
+        model.zero_grad()
+        loss(model, batch).backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                sums[n] += p.grad.clone().pow(2)
+    return {n: s / len(batches) for n, s in sums.items()}
+
+
 def selection_counts(f: Any, d: Any, alphas: list[float]) -> list[int]:
     """Weights selected, one alpha at a time."""
     return [int((f > alpha * d).sum()) for alpha in alphas]
