@@ -684,3 +684,25 @@ def test_powers_must_agree():
     with pytest.raises(abjure.ArgumentError, match="power 1"):
         dampen_(model, forget, retain)
     assert bits(dict(model.named_parameters())) == before
+
+
+@pytest.mark.effect
+def test_a_real_model_is_dampened_saved_and_undone(smollm, tmp_path):
+    """SmolLM2-135M with its tied head, in the files' own precision: counts of the dense form, bits after the undo."""
+    state = {n: p.detach().to(torch.bfloat16) for n, p in smollm.model.named_parameters()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    g = torch.Generator().manual_seed(0)
+    names = [n for n in state if n != "lm_head.weight"]
+    forget, retain = ({n: torch.rand(state[n].shape, generator=g) for n in names} for _ in range(2))
+    sums = {n: int(state[n].view(torch.int16).sum(dtype=torch.int64)) for n in names}
+    report = dampen_(state, forget, retain, 200.0)
+    assert report.tied == {"model.embed_tokens.weight": ["lm_head.weight"]}
+    assert report.size == sum(p.numel() for p in smollm.model.parameters())
+    assert report.total.count == sum(int((forget[n] > 200 * retain[n]).sum()) for n in names)
+    assert list(report.by_module(2))[:2] == ["model.embed_tokens", "model.layers"]
+    assert {n: int(state[n].view(torch.int16).sum(dtype=torch.int64)) for n in names} != sums
+    report.patch.save(tmp_path / "undo.safetensors")
+    assert (tmp_path / "undo.safetensors").stat().st_size < 6 * report.total.count + (1 << 17)
+    DampenPatch.load(tmp_path / "undo.safetensors").restore(state)
+    originals = dict(smollm.model.named_parameters())
+    assert all(torch.equal(state[n], originals[n].detach().to(torch.bfloat16)) for n in names)
