@@ -5,6 +5,13 @@ from __future__ import annotations
 from .architectures import ARCHITECTURES, Architecture, Writer, residual_writers
 from .blocks import decoder_blocks
 from .calibrate import Threshold, calibrate_bias, calibrate_threshold
+from .conditional import (
+    ConditionGate,
+    ConditionThreshold,
+    condition_similarity,
+    condition_threshold,
+    conditional_steering,
+)
 from .contrast import Contrast, Eraser
 from .directions import (
     Direction,
@@ -20,6 +27,7 @@ from .model_edit import ModelEditReport, orthogonalize_model_
 from .phrases import ForbiddenPhrases
 from .prompts import Prompt, Prompts
 from .record import Activations, Contrasts, record_prompts, record_to_disk
+from .select import Candidate, DirectionSelection, refusal_scores, select_direction
 from .tokens import (
     RefusalTokens,
     bias_,
@@ -38,9 +46,13 @@ __all__ = [
     "ARCHITECTURES",
     "Activations",
     "Architecture",
+    "Candidate",
+    "ConditionGate",
+    "ConditionThreshold",
     "Contrast",
     "Contrasts",
     "Direction",
+    "DirectionSelection",
     "Eraser",
     "ForbiddenPhrases",
     "ModelEditReport",
@@ -60,6 +72,9 @@ __all__ = [
     "bias_to_threshold",
     "calibrate_bias",
     "calibrate_threshold",
+    "condition_similarity",
+    "condition_threshold",
+    "conditional_steering",
     "decoder_blocks",
     "force_",
     "logit",
@@ -70,10 +85,12 @@ __all__ = [
     "record_prompts",
     "record_to_disk",
     "recording",
+    "refusal_scores",
     "residual_writers",
     "row_lse",
     "row_margin",
     "row_max_gap",
+    "select_direction",
     "steer_",
     "steering",
     "threshold_to_bias",
