@@ -205,7 +205,7 @@ def test_bad_input(trial):
         run(test=[(x, y[:2])])
     with pytest.raises(NonFiniteError, match="test: batch 1: unlearned: expected finite logits"):
         run(test=[(x, y), (x * torch.nan, y)])
-    with pytest.raises(DTypeError, match="loader: expected batches"):
+    with pytest.raises(DTypeError, match="test: batch 0: unlearned: expected batches"):
         run(test=[x])
     with pytest.raises(ArgumentError, match="layers: expected submodules of unlearned, got 'head'"):
         run(layers=["head"])

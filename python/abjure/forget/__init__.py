@@ -2,7 +2,10 @@
 
 Importance of every parameter for the forget set and for the rest (:class:`Fisher`, :func:`importance`), and Selective
 Synaptic Dampening by it (:func:`dampen_`, :func:`dampen_array_`, :func:`selection_curve`). For language models, fused
-:func:`token_logprobs` and the unlearning losses on them.
+:func:`token_logprobs` and the unlearning losses on them. Without labels, :func:`label_agnostic_forget`.
+
+What to forget, and whether it worked: :func:`worst_case_forget_set`, :func:`evaluate_unlearning`, :func:`relearn_time`,
+and :func:`corrective_benchmark` where only a part of the bad data is known.
 """
 
 from __future__ import annotations

@@ -60,9 +60,7 @@ def labelled(model: Any, batch: Any) -> tuple[Any, Any]:
         found, labels = model(moved(batch[0])), batch[1]
     else:
         kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-        raise DTypeError(
-            f"loader: expected batches (inputs, labels) or mappings with 'labels', got {kind}; see forward="
-        )
+        raise DTypeError(f"expected batches (inputs, labels) or mappings with 'labels', got {kind}; see forward=")
     return getattr(found, "logits", found), labels
 
 
@@ -132,7 +130,10 @@ def outputs(
         for i, batch in enumerate(loader):
             for m, model in models.items():
                 running[:] = [m]
-                logits, labels = forward(model, batch)
+                try:
+                    logits, labels = forward(model, batch)
+                except DTypeError as err:
+                    raise DTypeError(f"{name}: batch {i}: {m}: {err}") from None
                 p, losses, y = _rows(logits, labels, f"{name}: batch {i}: {m}")
                 for column, values in zip(found[m], (p, losses, y), strict=True):
                     column.append(values)
