@@ -235,6 +235,8 @@ def unlearn(
         optimizer.step()
         if step % every == 0 or step == steps:
             curve.append({"step": step, **measure(model)})
+            now = ", ".join(f"{k} {curve[-1][k]:.3g}" for k in ("log10_quality", "utility", "forget_probability"))
+            tqdm.write(f"{method}, step {step}: {now}")
     return curve
 
 
@@ -262,12 +264,12 @@ def smollm() -> tuple[Any, Callable[[str], list[int]]]:
 def run(quick: bool = False, steps: int = 0, seed: int = 0, methods: Sequence[str] = tuple(METHODS)) -> dict[str, Any]:
     """The whole experiment; every number it found."""
     begun = time.perf_counter()
-    facts, world = invent(24 if quick else 48, seed), common_knowledge()
+    facts, world = invent(24 if quick else 32, seed), common_knowledge()
     half = len(facts) // 2
     model, encode = tiny(facts + world) if quick else smollm()
-    learner = Learner(model, encode, trained=2 if quick else 6)
+    learner = Learner(model, encode, trained=2 if quick else 4)
     target, keep, known = (Exam.of(learner, q) for q in (facts[:half], facts[half:], world))
-    teaching, rate = (3e-3, 3e-4) if quick else (4e-4, 4e-5)
+    teaching, rate = (3e-3, 3e-4) if quick else (4e-4, 1e-4)
     batch, steps, every = 12, steps or 30, 5
 
     def taught(parts: Sequence[Exam], name: str) -> tuple[Any, float]:
@@ -283,7 +285,7 @@ def run(quick: bool = False, steps: int = 0, seed: int = 0, methods: Sequence[st
 
         both = Encoded(*(torch.cat([pad(getattr(d, k), f) for d in data]) for k, f in FILL.items()))
         upper = learner.fresh()
-        return upper, train(upper, both, teaching, 60 if quick else 12, 16, seed, 0.05, name)
+        return upper, train(upper, both, teaching, 60 if quick else 10, 16, seed, 0.05, name)
 
     full, loss_full = taught((target, keep), "all facts")
     kept_only, loss_kept = taught((keep,), "kept facts")

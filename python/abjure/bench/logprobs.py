@@ -80,7 +80,7 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
                 repeats=3,
             )
             # Read forward, read and written backward.
-            yield Row("token_logprobs, both ways", case, ours, f"torch, {name}", theirs, bytes=3 * size)
+            yield Row("token_logprobs fwd+bwd", case, ours, f"torch, {name}", theirs, bytes=3 * size)
         if dtype == torch.float32:
             ref = logits.detach() + 0.1
             ours, theirs = compare(
@@ -88,7 +88,7 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
                 lambda x=logits, r=ref: _plain_divergence(x, r),  # type: ignore[misc]
                 repeats=3,
             )
-            yield Row("kl_retain, both ways", case, ours, "torch, two log_softmax", theirs, bytes=5 * size)
+            yield Row("kl_retain fwd+bwd", case, ours, "torch, two log_softmax", theirs, bytes=5 * size)
 
 
 def _status(field: str) -> float:
