@@ -186,3 +186,82 @@ def test_bad_arguments():
             call()
     assert contrast.counts == (0, 3)
     np.testing.assert_array_equal(contrast._moments[1].mean, mean)
+
+
+def test_the_projected_difference_of_the_reference():
+    high = np.array([[1.5, -0.25, 0.75, 2], [2.5, 0.5, -0.125, 1], [0.75, -1, 0.25, 3]])
+    low = np.array([[0.5, 0.25, 0.5, -1], [-0.25, 0.75, 1, 0.5], [0, -0.5, 0.25, 0.25], [0.75, 1.5, -0.25, -0.75]])
+    contrast = refuse.Contrast().update(high, 1).update(low, 0)
+    want = [0.637631929649207, -0.0519915265713969, 0.147145829919048, 0.754367621384985]
+    found = contrast.difference_in_means(projected=True)
+    np.testing.assert_allclose(found.unit, want, rtol=1e-12)
+    assert abs(found.vector @ low.mean(0)) < 1e-14
+    with pytest.raises(abjure.DegenerateError, match="one line"):
+        refuse.Contrast().update(2 * high, 1).update(high, 0).difference_in_means(projected=True)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_winsorised_rows(dtype):
+    import torch
+
+    row = torch.tensor([[0.1, -0.2, 0.3, -0.4, 8]], dtype=torch.float64).to(getattr(torch, dtype))
+    found = refuse.Contrast(winsorize=0.9).update(row, 1).update(torch.zeros_like(row), 0).means[1]
+    exact = row[0].double().numpy()
+    bound = np.quantile(np.abs(exact), 0.9)
+    assert bound == pytest.approx(4.96, rel=1e-2)
+    np.testing.assert_allclose(found, np.clip(exact, -bound, bound), rtol=1e-14)
+    plain, off = (refuse.Contrast(winsorize=w).update(row, 1).update(-row, 0).means[1] for w in (None, 1.0))
+    np.testing.assert_array_equal(plain, off)
+    with pytest.raises(abjure.NonFiniteError):
+        refuse.Contrast(winsorize=0.5).update(np.array([[np.nan, 1.0]]), 1)
+    for bad in (0.0, 1.5, float("nan")):
+        with pytest.raises(abjure.ArgumentError, match="winsorize"):
+            refuse.Contrast(winsorize=bad)
+    with pytest.raises(abjure.ArgumentError, match="winsorize"):
+        refuse.Contrast().merge(refuse.Contrast(winsorize=0.5))
+
+
+def test_subspace_spans_the_leading_components():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((200, 8)) * np.arange(1, 9), rng.integers(0, 2, 200)
+    x[y == 1] += 3
+    contrast = refuse.Contrast(covariance=True).update(x, y)
+    found = contrast.subspace(3)
+    mid = (x[y == 0].mean(0) + x[y == 1].mean(0)) / 2
+    weight = np.where(y == 1, 0.5 / (y == 1).sum(), 0.5 / (y == 0).sum())
+    total = ((x - mid).T * weight) @ (x - mid)
+    values, vectors = np.linalg.eigh(total)
+    for i, direction in enumerate(found):
+        assert abs(direction.vector @ vectors[:, -1 - i]) == pytest.approx(1)
+        assert direction.provenance["explained"] == pytest.approx(values[-1 - i] / values.sum())
+    np.testing.assert_array_equal(found[0].vector, contrast.pca().vector)
+    assert np.abs(refuse.project(refuse.ablate(x, found), found)).max() < 1e-12
+    few = refuse.Contrast(covariance=True).update(x[:3], [0, 1, 1])
+    with pytest.raises(abjure.DegenerateError, match="rank: expected at most 2"):
+        few.subspace(3)
+    with pytest.raises(abjure.ArgumentError, match="rank"):
+        few.subspace(0)
+
+
+def test_difference_components_keep_the_mean_difference():
+    rng = np.random.default_rng(0)
+    mean = np.zeros(256)
+    mean[0] = 3
+    noise = rng.standard_normal((128, 256)) * np.where(np.arange(256) == 1, 2, 0.1)
+    low = rng.standard_normal((128, 256))
+    high = low + mean + noise
+    found = refuse.difference_components(high, low, rank=2)
+    unit = (high - low).mean(0) / np.linalg.norm((high - low).mean(0))
+    assert found[0].unit @ unit > 0.98  # centring the differences first would give one near 0
+    assert abs(found[0].unit @ found[1].unit) < 1e-12
+    want = np.linalg.svd(high - low)[2][0]
+    assert abs(found[0].unit @ want) == pytest.approx(1)
+    for a, b, rank, error in [
+        (high, low[:5], 1, abjure.ShapeError),
+        (high, high, 1, abjure.DegenerateError),
+        (high[:3], low[:3], 4, abjure.DegenerateError),
+        (high * np.nan, low, 1, abjure.NonFiniteError),
+        (high, low, 0, abjure.ArgumentError),
+    ]:
+        with pytest.raises(error):
+            refuse.difference_components(a, b, rank)

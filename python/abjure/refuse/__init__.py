@@ -12,7 +12,7 @@ from .conditional import (
     condition_threshold,
     conditional_steering,
 )
-from .contrast import Contrast, Eraser
+from .contrast import Contrast, Eraser, difference_components
 from .directions import (
     Direction,
     ablate,
@@ -76,6 +76,7 @@ __all__ = [
     "condition_threshold",
     "conditional_steering",
     "decoder_blocks",
+    "difference_components",
     "force_",
     "logit",
     "orthogonalize_",

@@ -9,7 +9,7 @@ import numpy as np
 from .. import _native
 from .._interop import integers, is_torch, source
 from ..errors import ArgumentError, DegenerateError, DeviceError, NonFiniteError, ShapeError
-from .directions import ArrayT, Direction, Edit, Site, Vector, _finite, _width
+from .directions import ArrayT, Direction, Edit, Site, Vector, _finite, _to_numpy, _width
 
 #: A difference of means shorter than this part of the longer mean is rounding, not a direction.
 _NO_DIFFERENCE = 1e-12
@@ -26,6 +26,8 @@ class Contrast:
         covariance: keep second moments, which :meth:`pca`, :meth:`lda` and :meth:`leace` need.
         nonfinite: ``"error"`` refuses a batch that holds a NaN or an infinity; ``"skip"`` leaves such rows out and
             counts them in :attr:`skipped`.
+        winsorize: clamp every row at this quantile of its own absolute values (linear interpolation) before it
+            counts, so that a few massive activations do not make the mean; None or 1 leaves rows as they are.
         layer, site, position: where the activations are read, kept in the directions.
     """
 
@@ -34,6 +36,7 @@ class Contrast:
         covariance: bool = False,
         *,
         nonfinite: Literal["error", "skip"] = "error",
+        winsorize: float | None = None,
         layer: int | None = None,
         site: Site = "pre",
         position: int | str | None = None,
@@ -42,8 +45,12 @@ class Contrast:
             raise ArgumentError(f'nonfinite: expected "error" or "skip", got {nonfinite!r}')
         if site not in ("pre", "post"):
             raise ArgumentError(f'site: expected "pre" or "post", got {site!r}')
+        if winsorize is not None and not 0 < _finite(winsorize, "winsorize") <= 1:
+            raise ArgumentError(f"winsorize: expected a quantile in (0, 1], got {winsorize}")
         self.covariance = covariance
         self.nonfinite = nonfinite
+        #: Quantile of its absolute values at which each row is clamped.
+        self.winsorize = None if winsorize == 1 else winsorize
         self.layer, self.site, self.position = layer, site, position
         #: Rows left out as non-finite.
         self.skipped = 0
@@ -75,6 +82,8 @@ class Contrast:
             raise ShapeError(f"label: expected a scalar or shape {tuple(rows.shape[:-1])}, got {labels.shape}")
         if self._moments is not None and self._moments[0].width != width:
             raise ShapeError(f"x: expected a last axis of {self._moments[0].width}, got {width}")
+        if self.winsorize is not None:
+            rows = winsorized(rows, self.winsorize)
         skip = self.nonfinite == "skip"
         held = self._moments or (_native.Moments(width, self.covariance), _native.Moments(width, self.covariance))
         if labels.ndim == 0:
@@ -96,7 +105,7 @@ class Contrast:
         Raises:
             ShapeError, ArgumentError: another width, covariance setting, layer, site or position.
         """
-        for name in ("covariance", "layer", "site", "position"):
+        for name in ("covariance", "winsorize", "layer", "site", "position"):
             if getattr(self, name) != getattr(other, name):
                 raise ArgumentError(f"other: expected {name}={getattr(self, name)!r}, got {getattr(other, name)!r}")
         if other._moments is None:
@@ -145,16 +154,31 @@ class Contrast:
 
     def _direction(self, vector: Vector, method: str, **facts: Any) -> Direction:
         provenance = {"method": method, "skipped": self.skipped, **facts}
+        if self.winsorize is not None:
+            provenance["winsorize"] = self.winsorize
         return Direction(vector, self.layer, self.site, self.position, self.counts, provenance)
 
-    def difference_in_means(self) -> Direction:
+    def difference_in_means(self, *, projected: bool = False) -> Direction:
         """Mean of class 1 minus mean of class 0, not normalised (Arditi et al. 2024, eq. 3).
+
+        Args:
+            projected: take away the component along the mean of class 0, so that removing the direction leaves that
+                mean as it is.
 
         Raises:
             DegenerateError: a class is empty, or the means are equal to 1e-12 of their length (the residual stream of
                 layer 0 at a position where all prompts have the same token).
         """
-        return self._direction(self._difference(), "difference_in_means")
+        difference = self._difference()
+        if not projected:
+            return self._direction(difference, "difference_in_means")
+        low = self.means[0]
+        if low.any():
+            left = difference - low * (difference @ low) / (low @ low)
+            if np.linalg.norm(left) <= _NO_DIFFERENCE * np.linalg.norm(difference):
+                raise DegenerateError("x: the class means lie along one line, so nothing is left beside the mean of 0")
+            difference = left
+        return self._direction(difference, "difference_in_means", projected=True)
 
     def _scatters(self, least: int) -> tuple[Vector, Vector]:
         if not self.covariance:
@@ -175,17 +199,44 @@ class Contrast:
             ArgumentError: no covariance was kept.
             DegenerateError: a class is empty, or the component is orthogonal to the difference in means.
         """
+        return self._components(1, "pca")[0]
+
+    def subspace(self, rank: int) -> list[Direction]:
+        """The leading principal components as :meth:`pca` has them, usable together wherever ``q`` is expected.
+
+        Each points to class 1; one that is orthogonal to the difference in means has its largest element positive.
+
+        Args:
+            rank: how many, from 1 to the number of rows less two, and at most d.
+
+        Raises:
+            ArgumentError: no covariance was kept.
+            DegenerateError: fewer activations than the rank needs, or an empty class.
+        """
+        least = min(sum(self.counts) - 1, self._classes()[0].width)
+        if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
+            raise ArgumentError(f"rank: expected 1 or more, got {rank!r}")
+        if rank > least:
+            raise DegenerateError(f"rank: expected at most {least} with counts {self.counts}, got {rank}")
+        return self._components(int(rank), "subspace")
+
+    def _components(self, rank: int, method: str) -> list[Direction]:
         scatter = self._scatters(1)
         n = self.counts
         difference = self._difference()
         total = (scatter[0] / n[0] + scatter[1] / n[1]) / 2 + np.outer(difference, difference) / 4
         values, vectors = np.linalg.eigh(total)
-        leading: Vector = vectors[:, -1]
-        along = float(leading @ difference)
-        if abs(along) <= 1e-12 * float(np.linalg.norm(difference)):
-            raise DegenerateError("x: the first principal component is orthogonal to the difference in means")
-        share = float(values[-1] / values.sum())
-        return self._direction(leading * np.sign(along), "pca", explained=share)
+        found = []
+        for i in range(1, rank + 1):
+            component: Vector = vectors[:, -i]
+            along = float(component @ difference)
+            if abs(along) <= 1e-12 * float(np.linalg.norm(difference)):
+                if rank == 1:
+                    raise DegenerateError("x: the first principal component is orthogonal to the difference in means")
+                along = float(component[np.argmax(np.abs(component))])
+            share = float(values[-i] / values.sum())
+            found.append(self._direction(component * np.sign(along), method, explained=share, component=i))
+        return found
 
     def lda(self, shrinkage: float = 0.0) -> Direction:
         """Linear discriminant ``((1−λ) S_w + λ tr(S_w)/d · I)⁻¹ (μ₁ − μ₀)`` (Fisher 1936); S_w pooled, over n − 2.
@@ -259,6 +310,55 @@ class Eraser:
     def apply_(self, x: ArrayT) -> ArrayT:
         """Erases in place and returns ``x``; errors as :func:`abjure.refuse.ablate_`."""
         return self._edit.apply_(x)
+
+
+def winsorized(x: Any, quantile: float) -> Any:
+    """Rows clamped at ``±`` the quantile of their absolute values, linearly interpolated; float64, a copy."""
+    rows = x.double().numpy() if is_torch(x) else np.asarray(x, dtype=np.float64)
+    bound = np.quantile(np.abs(rows), quantile, axis=-1, keepdims=True)
+    # A row that is not finite stays as it is, for the policy of the caller.
+    return np.where(np.isfinite(bound), np.clip(rows, -bound, bound), rows)
+
+
+def difference_components(positive: Any, negative: Any, rank: int = 1) -> list[Direction]:
+    """Principal components of the differences of pairs, about the origin (Zou et al. 2023); unit length.
+
+    The differences are not centred, which would subtract the mean difference that is sought. Each component points
+    the way most pairs do.
+
+    Args:
+        positive, negative: ``(n, d)`` activations of the two members of each pair.
+        rank: how many components, at most ``min(n, d)``.
+
+    Returns:
+        :class:`Direction` objects, strongest first; together usable wherever ``q`` is expected.
+
+    Raises:
+        ShapeError: the arrays differ in shape or are not ``(n, d)``.
+        NonFiniteError: a value is not finite.
+        DegenerateError: fewer independent differences than ``rank``.
+        ArgumentError: ``rank`` is below 1.
+    """
+    a, b = _to_numpy(positive, "positive"), _to_numpy(negative, "negative")
+    if a.ndim != 2 or a.shape != b.shape or 0 in a.shape:
+        raise ShapeError(f"negative: expected (n, d) as positive, got {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise NonFiniteError("positive, negative: expected finite activations")
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
+        raise ArgumentError(f"rank: expected 1 or more, got {rank!r}")
+    differences = a - b
+    _, values, vectors = np.linalg.svd(differences, full_matrices=False)
+    least = int((values > values[0] * max(a.shape) * np.finfo(np.float64).eps).sum()) if values[0] > 0 else 0
+    if rank > least:
+        raise DegenerateError(f"rank: expected at most {least}, the rank of the differences, got {rank}")
+    shares = values**2 / (values**2).sum()
+    found = []
+    for i in range(int(rank)):
+        along = differences @ vectors[i]
+        sign = 1.0 if (along > 0).sum() >= (along < 0).sum() else -1.0
+        facts = {"method": "difference_components", "explained": float(shares[i]), "component": i + 1}
+        found.append(Direction(vectors[i] * sign, counts=(len(a), len(a)), provenance=facts))
+    return found
 
 
 def _shrunk(covariance: Vector, shrinkage: float) -> Vector:

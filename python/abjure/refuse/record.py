@@ -122,6 +122,7 @@ def _copied(contrast: Contrast) -> Contrast:
     new = Contrast(
         contrast.covariance,
         nonfinite=contrast.nonfinite,
+        winsorize=contrast.winsorize,
         layer=contrast.layer,
         site=contrast.site,
         position=contrast.position,
@@ -148,6 +149,7 @@ def record_prompts(
     *,
     site: Site = "pre",
     covariance: bool | Sequence[int] = False,
+    winsorize: float | None = None,
     batch_size: int = 8,
     blocks: str | None = None,
     progress: bool = True,
@@ -166,6 +168,7 @@ def record_prompts(
             token counts as a row) and negative integers.
         site: input (``"pre"``) or output (``"post"``) of the block.
         covariance: keep second moments, for all layers or those named (d × d float64 twice per layer and position).
+        winsorize: as in :class:`Contrast`.
         batch_size: prompts per forward pass.
         blocks: dotted name of the list of blocks, for models the table does not know.
         progress: show a progress bar where standard error is a terminal.
@@ -184,7 +187,7 @@ def record_prompts(
     for layer in modules:
         for key in keys:
             moments = layer in chosen if chosen is not None else bool(covariance)
-            contrasts[layer, key] = Contrast(moments, layer=layer, site=site, position=key)
+            contrasts[layer, key] = Contrast(moments, winsorize=winsorize, layer=layer, site=site, position=key)
 
     def take(rows: _Rows) -> None:
         contrasts[rows.layer, rows.position].update(rows.values, values[rows.prompts])
