@@ -1,6 +1,6 @@
 """Forgetting a class, a subclass and random samples: Fashion-MNIST, a small ResNet, nine methods, three seeds.
 
-    python examples/forget/classes.py --data DIR [--out DIR]     # about 25 minutes on two cores
+    python examples/forget/classes.py --data DIR [--out DIR]     # about 20 minutes on two cores
     python examples/forget/classes.py --quick                    # scikit-learn's digits, seconds
 
 DIR holds Fashion-MNIST's four ``*-ubyte.gz`` files, for example those of Debian's package ``dataset-fashion-mnist``
