@@ -147,6 +147,11 @@ def test_each_number_is_taken_on_its_data(readable, tmp_path):
 
     again = resume(m, {"cure": never}, fractions=(0.3, 1.0), seeds=(0, 1))
     assert again == report
+    # A method that comes first now, and fails, does not cost the cells that stand in the file.
+    with pytest.raises(AssertionError):
+        resume(m, {"new": cure, "broken": never, "cure": never}, fractions=(0.3,), seeds=(0,))
+    held = CorrectiveReport.from_json((tmp_path / "r.json").read_text()).cells
+    assert [c.method for c in held] == ["new", *["cure"] * 4]
     with pytest.raises(ArgumentError, match="path: expected a report of the same benchmark"):
         resume(poison(x, y, 8), {"cure": never}, fractions=(1.0,))
 

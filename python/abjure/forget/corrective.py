@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -436,7 +436,10 @@ def corrective_benchmark(
             done[method, fraction, seed] = score(model, method, fraction, seed, flags[fraction], seconds)
         report.cells.append(done[method, fraction, seed])
         if path is not None:
-            write_atomically(path, report.to_json().encode())
+            # Cells of the file that have not had their turn, or are not asked for this time, stay in it.
+            reached = {(c.method, c.fraction, c.seed) for c in report.cells}
+            rest = [c for at, c in done.items() if at not in reached]
+            write_atomically(path, replace(report, cells=report.cells + rest).to_json().encode())
     return report
 
 
