@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -52,11 +51,9 @@ def parameter_hash(model: Any) -> str:
         DTypeError: ``model`` is neither.
     """
     parameters = named(model)
-    with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(_digest, parameters.values()))
     found = hashlib.sha256()
-    for name, digest in zip(parameters, digests, strict=True):
-        found.update(json.dumps(name).encode() + digest)
+    for name, p in parameters.items():
+        found.update(json.dumps(name).encode() + _digest(p))
     return "sha256:" + found.hexdigest()
 
 
