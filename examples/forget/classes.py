@@ -96,6 +96,7 @@ class Task:
 
     @property
     def everything(self) -> Data:
+        """All the data in two pieces and not shuffled, as the published loader has it: batches do not mix the two."""
         return torch.cat([self.forget[0], self.retain[0]]), torch.cat([self.forget[1], self.retain[1]])
 
 
