@@ -1,6 +1,10 @@
-"""What several test files share: the one real language model, loaded once."""
+"""What several test files share: the one real language model, and one trained to refuse a topic, made once."""
 
 from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +31,14 @@ def smollm(loaded_smollm):
     before = weights()
     yield loaded_smollm
     assert weights() == before, "a test changed the weights that others share"
+
+
+@pytest.fixture(scope="session")
+def trigger():
+    """The small decoder of `examples/refuse/trigger.py`. Every test leaves its weights as they were."""
+    path = Path(__file__).parents[2] / "examples" / "refuse" / "trigger.py"
+    spec = importlib.util.spec_from_file_location("abjure_example_trigger", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.make()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +10,6 @@ import torch
 
 import abjure
 from abjure import refuse
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "refuse" / "trigger.py"
-
-
-@pytest.fixture(scope="module")
-def trigger():
-    spec = importlib.util.spec_from_file_location("abjure_example_trigger", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.make()
 
 
 @pytest.fixture(scope="module")

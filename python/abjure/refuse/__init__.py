@@ -23,6 +23,7 @@ from .directions import (
     steer_,
 )
 from .hooks import Recording, ablating, recording, steering
+from .latent_guard import Beliefs, LatentGuard
 from .model_edit import ModelEditReport, orthogonalize_model_
 from .phrases import ForbiddenPhrases
 from .prompts import Prompt, Prompts
@@ -46,6 +47,7 @@ __all__ = [
     "ARCHITECTURES",
     "Activations",
     "Architecture",
+    "Beliefs",
     "Candidate",
     "ConditionGate",
     "ConditionThreshold",
@@ -55,6 +57,7 @@ __all__ = [
     "DirectionSelection",
     "Eraser",
     "ForbiddenPhrases",
+    "LatentGuard",
     "ModelEditReport",
     "Prompt",
     "Prompts",

@@ -131,13 +131,13 @@ def _copied(contrast: Contrast) -> Contrast:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What one batch gives at one layer and position."""
+class Rows:
+    """What one batch gives at one layer and position: ``(n, d)`` on the CPU, and each row's prompt."""
 
     layer: int
     position: PositionKey
-    values: Any  # (n, d), CPU
-    prompts: list[int]  # of each row
+    values: Any
+    prompts: list[int]
 
 
 def record_prompts(
@@ -189,10 +189,10 @@ def record_prompts(
             moments = layer in chosen if chosen is not None else bool(covariance)
             contrasts[layer, key] = Contrast(moments, winsorize=winsorize, layer=layer, site=site, position=key)
 
-    def take(rows: _Rows) -> None:
+    def take(rows: Rows) -> None:
         contrasts[rows.layer, rows.position].update(rows.values, values[rows.prompts])
 
-    _run(model, prompts, modules, keys, site, batch_size, progress, take)
+    run_recording(model, prompts, layers, keys, site, batch_size, progress, take, blocks)
     return Contrasts(contrasts, prompts.token_names(keys))
 
 
@@ -236,22 +236,25 @@ def run_device(model: nn.Module) -> Any:
     return next((p.device for p in model.parameters()), None)
 
 
-def _run(
+def run_recording(
     model: nn.Module,
     prompts: Prompts,
-    modules: Mapping[int, nn.Module],
+    layers: Layers,
     keys: Sequence[PositionKey],
     site: Site,
     batch_size: int,
     progress: bool,
-    take: Callable[[_Rows], None],
+    take: Callable[[Rows], None],
+    blocks: str | None = None,
 ) -> None:
+    """Runs the prompts and hands every batch's rows to ``take``, layer by layer and position by position."""
     import torch
     from tqdm.auto import tqdm
 
     check_site(site)
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ArgumentError(f"batch_size: expected 1 or more, got {batch_size!r}")
+    modules = _blocks(model, layers, blocks)
     attach = _on_input if site == "pre" else _on_output
     device = run_device(model)
     inner = _inner(model)
@@ -267,7 +270,7 @@ def _run(
                     bad = owners[int((~torch.isfinite(found).all(-1)).nonzero()[0])]
                     text = prompts[bad].text
                     raise NonFiniteError(f"layer {layer}: non-finite activation at prompt {bad} ({text[:60]!r})")
-                take(_Rows(layer, key, found, owners))
+                take(Rows(layer, key, found, owners))
 
         return change
 
@@ -353,7 +356,7 @@ def record_to_disk(
         held.clear()
         size = 0
 
-    def take(rows: _Rows) -> None:
+    def take(rows: Rows) -> None:
         nonlocal size
         name = _tensor_name(rows.layer, rows.position)
         stored = rows.values.to(kind)
@@ -365,7 +368,7 @@ def record_to_disk(
             flush()
 
     last = (list(modules)[-1], keys[-1])
-    _run(model, prompts, modules, keys, site, batch_size, progress, take)
+    run_recording(model, prompts, layers, keys, site, batch_size, progress, take, blocks)
     flush()
     index = {
         "format": _FORMAT,
