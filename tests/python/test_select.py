@@ -206,17 +206,18 @@ def test_condition_threshold_is_the_best_of_all_cuts():
 
 
 @pytest.fixture(scope="module")
-def condition(trigger, contrasts):
-    """The topic, read at the input of block 2 over the whole prompt; and the threshold on the training prompts."""
+def condition(trigger):
+    """The topic, read at the input of block 3 over the whole prompt; and the threshold on the training prompts."""
     texts = trigger.train[0] + trigger.train[1]
     labels = [0] * len(trigger.train[0]) + [1] * len(trigger.train[1])
     prompts = refuse.Prompts(trigger.tokenizer, texts)
-    direction = refuse.record_prompts(trigger.model, prompts, labels, [2], "all")[2, "all"].difference_in_means()
+    recorded = refuse.record_prompts(trigger.model, prompts, labels, [3], "all", covariance=True)
+    direction = recorded[3, "all"].lda(shrinkage=0.1)
     means = []
     for prompt in prompts:
-        with torch.no_grad(), refuse.recording(trigger.model, [2]) as record:
+        with torch.no_grad(), refuse.recording(trigger.model, [3]) as record:
             trigger.model(torch.tensor([prompt.ids]))
-        means.append(record[2][0].double().mean(0).numpy())
+        means.append(record[3][0].double().mean(0).numpy())
     return direction, refuse.condition_threshold(refuse.condition_similarity(means, direction), labels)
 
 
@@ -224,16 +225,15 @@ def condition(trigger, contrasts):
 def test_conditional_steering_acts_on_the_topic_alone(trigger, contrasts, condition):
     """Steering away from refusal where the prompt is of the topic: a mixed batch, padded on the left, with a cache."""
     direction, chosen = condition
-    assert chosen.f1 > 0.8
-    other, topic = (texts[:8] for texts in trigger.held_out)
-    mixed = [t for pair in zip(other, topic, strict=True) for t in pair]
-    away = contrasts[2, "last_instruction"].difference_in_means()
-    options = {"condition_layer": 2, "layers": 2, "fire_when": chosen.fire_when, "scale": -1.5}
+    assert chosen.f1 > 0.9
+    mixed = [t for pair in zip(*trigger.held_out, strict=True) for t in pair]
+    away = contrasts[3, "last_instruction"].difference_in_means()
+    options = {"condition_layer": 3, "layers": 3, "fire_when": chosen.fire_when, "scale": -1.0}
     plain = trigger.answers(mixed)
     with refuse.conditional_steering(trigger.model, away, direction, chosen.threshold, **options) as gate:
         steered = trigger.answers(mixed)
     hit = np.arange(len(mixed)) % 2 == 1
-    assert (gate.fired == hit).mean() >= 0.75
+    assert (gate.fired == hit).mean() >= 0.8
     for i, fired in enumerate(gate.fired):
         if not fired:
             assert steered[i] == plain[i]

@@ -101,7 +101,9 @@ def _size(x: Any) -> int:
 
 
 def _above_zero(x: Any) -> bool:
-    """Whether any element differs from 0 (NaN included: others complain about that)."""
+    """Whether any element differs from 0 (NaN, and tensors without memory, included: others complain about those)."""
+    if is_torch(x) and x.is_meta:
+        return True
     x = x.detach() if is_torch(x) else np.asarray(x)
     x = x.reshape(-1)
     return bool((x[:_FIRST] != 0).any()) or bool((x != 0).any())
