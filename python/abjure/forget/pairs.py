@@ -101,9 +101,11 @@ def _size(x: Any) -> int:
 
 
 def _above_zero(x: Any) -> bool:
-    """Whether any element differs from 0 (NaN, and tensors without memory, included: others complain about those)."""
-    if is_torch(x) and x.is_meta:
+    """Whether any element differs from 0. NaN counts, as do arrays that cannot be read: others complain about those."""
+    if is_torch(x) and (x.is_meta or not x.is_floating_point()):
         return True
     x = x.detach() if is_torch(x) else np.asarray(x)
+    if not is_torch(x) and x.dtype.kind in "iucbOSU":
+        return True
     x = x.reshape(-1)
     return bool((x[:_FIRST] != 0).any()) or bool((x != 0).any())
