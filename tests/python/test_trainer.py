@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -288,3 +291,48 @@ def test_bad_input(taught, tmp_path, options, error, words):
 def test_an_example_without_labels_is_refused(taught):
     with pytest.raises(DegenerateError, match="example 1"):
         reference_logprobs(taught, [FORGET[0], {"input_ids": [1, 2], "labels": [-100, -100]}], batch_size=1)
+
+
+WORKER = """
+import os, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from abjure.integrations.trainer import UnlearnTrainer
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **size))
+examples = [{"input_ids": [1, 2, 3, k], "labels": [-100, -100, 3, k]} for k in range(4, 20)]
+out, rows = sys.argv[1], int(sys.argv[2])
+args = TrainingArguments(
+    out, max_steps=4, per_device_train_batch_size=rows, report_to=[], save_strategy="no", disable_tqdm=True,
+    use_cpu=True, learning_rate=1e-2, optim="sgd", **({"ddp_backend": "gloo"} if "RANK" in os.environ else {}),
+)
+trainer = UnlearnTrainer(
+    model, args, forget_dataset=examples[:8], retain_dataset=examples[8:], loss="npo", loss_options={"beta": 0.1}
+)
+torch.save(model.state_dict(), f"{out}/before.pt")
+trainer.train()
+torch.save(trainer.model.state_dict(), f"{out}/weights-{trainer.args.process_index}-of-{trainer.args.world_size}.pt")
+"""
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    """Data-parallel on the CPU: the weights agree, and are those of one process that takes twice the rows."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    for command, rows in ((launch, "2"), ([sys.executable], "4")):
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path), rows], capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, first, second = (torch.load(tmp_path / f"weights-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
+    before = torch.load(tmp_path / "before.pt")
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-6)
+    assert max(float((one[name] - value).abs().max()) for name, value in before.items()) > 1e-3
