@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+from .._modes import evaluating
 from ..errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
 from .adapters import merged_names, merging
 from .fisher import Fisher
@@ -182,7 +183,6 @@ def _evaluating(model: Any, trained: Iterable[Any]) -> Iterator[None]:
     """
     import torch
 
-    modules = [(m, m.training) for m in model.modules()]
     frozen = [p for p in trained if not p.requires_grad]
     statistics = [
         (f"{name}.{kind}", buffer, buffer.clone())
@@ -191,17 +191,14 @@ def _evaluating(model: Any, trained: Iterable[Any]) -> Iterator[None]:
         for kind, buffer in m.named_buffers(recurse=False)
     ]
     moved = []
-    model.eval()
     try:
         for p in frozen:
             p.requires_grad_(True)
-        with torch.enable_grad():  # type: ignore[no-untyped-call]
+        with evaluating(model), torch.enable_grad():  # type: ignore[no-untyped-call]
             yield
     finally:
         for p in frozen:
             p.requires_grad_(False)
-        for m, training in modules:
-            m.training = training
         for name, buffer, before in statistics:
             if not torch.equal(buffer, before):
                 buffer.copy_(before)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._modes import evaluating
 from ..errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
 from .params import chosen, listed
 
@@ -127,39 +128,35 @@ def jit_(
     if not parameters:
         raise ArgumentError("model: expected a parameter that requires grad, got none")
     old = {n: p.detach().clone() for n, p in parameters.items()}
-    modes = [(m, m.training) for m in model.modules()]
     constants: list[float] = []
     generators: dict[Any, Any] = {}
-    try:
-        model.eval()
-        for batch in tqdm(loader, desc="jit", unit="batch", disable=None if progress else True):
-            x = _inputs(batch, inputs)
-            noise = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(seed))
-            with torch.enable_grad():  # type: ignore[no-untyped-call]
-                k = _constant(model, x, noise_std, copies, noise)
-                if not k.requires_grad:
-                    raise ArgumentError("model: expected outputs that depend on the parameters to change, got none")
-                gradients = torch.autograd.grad(k, list(parameters.values()), allow_unused=True)
-            good = k.isfinite() & torch.stack([g.isfinite().all() for g in gradients if g is not None]).all()
-            if not bool(good):
-                raise NonFiniteError(
-                    f"model: batch {len(constants)}: expected a finite K and gradient, got K = {k.item()}"
-                )
+    with evaluating(model):
+        try:
+            for batch in tqdm(loader, desc="jit", unit="batch", disable=None if progress else True):
+                x = _inputs(batch, inputs)
+                noise = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(seed))
+                with torch.enable_grad():  # type: ignore[no-untyped-call]
+                    k = _constant(model, x, noise_std, copies, noise)
+                    if not k.requires_grad:
+                        raise ArgumentError("model: expected outputs that depend on the parameters to change, got none")
+                    gradients = torch.autograd.grad(k, list(parameters.values()), allow_unused=True)
+                good = k.isfinite() & torch.stack([g.isfinite().all() for g in gradients if g is not None]).all()
+                if not bool(good):
+                    raise NonFiniteError(
+                        f"model: batch {len(constants)}: expected a finite K and gradient, got K = {k.item()}"
+                    )
+                with torch.no_grad():
+                    for p, g in zip(parameters.values(), gradients, strict=True):
+                        if g is not None:
+                            p.sub_(g, alpha=lr)
+                constants.append(k.item())
+            if not constants:
+                raise DegenerateError("loader: expected at least one batch, got none")
+        except BaseException:
             with torch.no_grad():
-                for p, g in zip(parameters.values(), gradients, strict=True):
-                    if g is not None:
-                        p.sub_(g, alpha=lr)
-            constants.append(k.item())
-        if not constants:
-            raise DegenerateError("loader: expected at least one batch, got none")
-    except BaseException:
-        with torch.no_grad():
-            for n, p in parameters.items():
-                p.copy_(old[n])
-        raise
-    finally:
-        for m, training in modes:
-            m.training = training
+                for n, p in parameters.items():
+                    p.copy_(old[n])
+            raise
     return JitReport(constants, lr, noise_std, copies, old if undo else None)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .._modes import modes_kept
 from ..errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
 
 __all__ = [
@@ -212,30 +213,36 @@ def label_agnostic_forget(
     teacher = copy.deepcopy(model).eval()
     embed, embed_teacher = _Embedder(model, embedding), _Embedder(teacher, embedding)
     head = _submodule(model, repair_head, "repair_head") if repair_epochs else None
-    modes = [(m, m.training) for m in model.modules()]
     start = {k: v.clone() for k, v in model.state_dict().items()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                kept, gone = (_all(embed_teacher, x, n) for x, n in ((retain, "retain"), (forget, "forget")))
-            fit = _Fit(latent, decoder == "sigmoid", autoencoder_epochs, autoencoder_lr, kl_weight, progress)
-            everything = torch.cat([kept, gone]) if autoencoder_data == "all" else kept
-            coders, curves = {}, {}
-            for name, rows in (("retain", everything), ("forget", gone)):
-                coders[name], curves[name] = fit(rows, name)
-            model.train(train_mode)
-            traces = _unlearn(
-                embed, embed_teacher, coders, retain, forget, epochs, lr_extractor, lr_alignment, temperature, progress
-            )
-            repaired = _repair(model, head, retain, repair_epochs, repair_lr) if head is not None else []
-    except BaseException:
-        model.load_state_dict(start)
-        raise
-    finally:
-        for m, training in modes:
-            m.training = training
+    with modes_kept(model):
+        try:
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                with torch.no_grad():
+                    kept, gone = (_all(embed_teacher, x, n) for x, n in ((retain, "retain"), (forget, "forget")))
+                fit = _Fit(latent, decoder == "sigmoid", autoencoder_epochs, autoencoder_lr, kl_weight, progress)
+                everything = torch.cat([kept, gone]) if autoencoder_data == "all" else kept
+                coders, curves = {}, {}
+                for name, rows in (("retain", everything), ("forget", gone)):
+                    coders[name], curves[name] = fit(rows, name)
+                model.train(train_mode)
+                traces = _unlearn(
+                    embed,
+                    embed_teacher,
+                    coders,
+                    retain,
+                    forget,
+                    epochs,
+                    lr_extractor,
+                    lr_alignment,
+                    temperature,
+                    progress,
+                )
+                repaired = _repair(model, head, retain, repair_epochs, repair_lr) if head is not None else []
+        except BaseException:
+            model.load_state_dict(start)
+            raise
     return LAFReport(curves, traces[0], traces[1], repaired, traces[2])
 
 

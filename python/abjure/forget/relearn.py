@@ -209,9 +209,9 @@ def relearn_time(
 
 
 def _mean_loss(model: Any, batches: list[Any], loss: Callable[[Any, Any], Any], where: str) -> float:
-    from ..measure.outputs import evaluating
+    from ..measure.outputs import inferring
 
-    with evaluating(model):
+    with inferring(model):
         values = [float(loss(model, b)) for b in batches]
         sizes = [_size(b) for b in batches]
     if not np.isfinite(values).all():

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from .._modes import evaluating
 from ..errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
 from ._arrays import Floats, Ints, class_labels, host
 
-__all__ = ["Forward", "Outputs", "evaluating", "labelled", "outputs"]
+__all__ = ["Forward", "Outputs", "inferring", "labelled", "outputs"]
 
 #: ``forward(model, batch) -> (logits (b, classes), labels (b,))``.
 Forward = Callable[[Any, Any], tuple[Any, Any]]
@@ -65,19 +66,12 @@ def labelled(model: Any, batch: Any) -> tuple[Any, Any]:
 
 
 @contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
+def inferring(*models: Any) -> Iterator[None]:
     """Eval mode without gradients inside; each submodule's own mode is restored after, whatever happens."""
     import torch
 
-    modes = [(m, m.training) for model in models for m in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
+    with evaluating(*models), torch.no_grad():
+        yield
 
 
 def outputs(
@@ -126,7 +120,7 @@ def outputs(
                     raise ArgumentError(f"layers: expected submodules of {m}, got {layer!r}")
                 handle = modules[layer].register_forward_hook(_note(notes[m][layer], m, running))
                 stack.callback(handle.remove)
-        stack.enter_context(evaluating(*models.values()))
+        stack.enter_context(inferring(*models.values()))
         for i, batch in enumerate(loader):
             for m, model in models.items():
                 running[:] = [m]

@@ -6,7 +6,7 @@ import html
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from .._files import write_atomically
 from .._interop import integers
+from .._modes import evaluating
 from ..errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
 from .blocks import Layers, select_modules
 from .contrast import Contrast
@@ -217,18 +218,6 @@ def _inner(model: nn.Module) -> nn.Module:
     get = getattr(model, "get_decoder", None)
     inner = get() if callable(get) and not hasattr(model, "peft_config") else None
     return model if inner is None else inner
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; each submodule's own mode restored after."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def run_device(model: nn.Module) -> Any:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .._files import write_atomically
+from .._modes import evaluating
 from ..errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
 from .blocks import decoder_blocks
 from .directions import Direction, Vector
 from .hooks import ablating, steering
 from .prompts import PositionKey, Prompts
-from .record import Key, evaluating, run_device
+from .record import Key, run_device
 from .tokens import row_margin
 
 if TYPE_CHECKING:
