@@ -15,14 +15,7 @@ from torch import nn
 from abjure.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 from abjure.forget import CorrectiveReport, PatchTrigger, corrective_benchmark, poison, shuffle_labels, swap_classes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that torch's threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

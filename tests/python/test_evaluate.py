@@ -17,17 +17,10 @@ from abjure.measure import cka, entropy_mia, knn_transfer, svc_mia, tug_of_war
 from abjure.measure.outputs import outputs
 from abjure.measure.quality import ks_test
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORGOTTEN = 3
 LAYER = "7"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that torch's threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,8 @@ from torch.nn import functional
 from abjure.forget import dampen_, importance, selection_curve
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
-pytestmark = pytest.mark.effect
+pytestmark = [pytest.mark.effect, pytest.mark.usefixtures("one_thread")]
 FORGOTTEN = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The network is so small that torch's threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def loss(model, batch):

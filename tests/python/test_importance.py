@@ -20,14 +20,7 @@ from abjure.forget import (
     squared_output_norm,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that torch's threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def oracle(model, batches, loss, power=2, names=None):

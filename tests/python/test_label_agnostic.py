@@ -13,14 +13,7 @@ from abjure.errors import ArgumentError, DegenerateError, NonFiniteError, ShapeE
 from abjure.forget import LAF_PRESETS, label_agnostic_forget
 from abjure.forget.label_agnostic import alignment_loss, bounded_error, kl_to_standard_normal
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that torch's threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def doubles(rows):

@@ -13,14 +13,7 @@ from torch import nn
 from abjure.errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError
 from abjure.forget import Relearning, relearn_time
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that torch's threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Point(nn.Module):

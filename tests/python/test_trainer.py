@@ -22,15 +22,9 @@ from abjure.integrations.trainer import (
     reference_logprobs,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def examples(n, seed):

@@ -13,14 +13,7 @@ from abjure.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 from abjure.forget import SignUnlearning, worst_case_forget_set
 from abjure.forget.worst_case import project_capped_simplex, top_m
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that torch's threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_projection_vector():
