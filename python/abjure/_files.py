@@ -1,4 +1,4 @@
-"""Writing files that are complete or not there."""
+"""Writing files that are complete or not there, and reading them back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import ArgumentError
 
@@ -47,3 +48,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
             found = f"{os.fspath(path)!r} ({err.strerror or err})"
             raise ArgumentError(f"path: expected a writable file path, got {found}") from err
         raise
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], kind: str) -> Iterator[Any]:
+    """An open safetensors file, NumPy's side; what cannot be read inside is not a saved ``kind``.
+
+    Raises:
+        ArgumentError: there is no such file, or an entry is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ArgumentError(f"path: expected a readable file, got {os.fspath(path)!r}")
+    try:
+        with safe_open(os.fspath(path), "numpy") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, ValueError) as err:
+        raise ArgumentError(f"path: {os.fspath(path)!r} is not a saved {kind}") from err

@@ -18,7 +18,6 @@ from abjure.forget import (
     unlearn_,
 )
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -79,10 +79,10 @@ class Chat:
 
     def instruction_end(self, prompt: str) -> int:
         """Position, counted from the end, of the instruction's last token (t_inst of arXiv 2507.11878)."""
-        text = self.text(prompt)
-        end = text.rindex(prompt) + len(prompt)
-        offsets = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
-        return max(i for i, (_, stop) in enumerate(offsets) if stop <= end) - len(offsets)
+        from ..refuse import Prompts
+
+        [found] = Prompts(self.tokenizer, [prompt])
+        return int(found.instruction_end - len(found.ids))
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str], layers: Sequence[int] = (), positions: Sequence[int] = ()) -> Reading:

@@ -14,7 +14,7 @@ import numpy as np
 from .._interop import integers
 from ..errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
 from .blocks import Layers, select_modules
-from .directions import Direction, Vector, _to_numpy, _vectors, steering_edit
+from .directions import Direction, Vector, _to_numpy, single_vector, steering_edit
 from .hooks import _attached, _check_width, _on_input
 
 if TYPE_CHECKING:
@@ -56,14 +56,11 @@ def condition_similarity(x: Any, condition: Any, *, compat: Literal["cast"] | No
 
 
 def _one(condition: Any) -> Vector:
-    vectors = _vectors(condition, "condition")
-    if len(vectors) != 1:
-        raise ShapeError(f"condition: expected shape (d,), got {vectors.shape}")
-    if not np.isfinite(vectors).all():
+    found = single_vector(condition, "condition")
+    if not np.isfinite(found).all():
         raise NonFiniteError("condition: expected finite values")
-    if not vectors.any():
+    if not found.any():
         raise DegenerateError("condition: every element is zero")
-    found: Vector = vectors[0]
     return found
 
 
@@ -194,12 +191,10 @@ def conditional_steering(
     layers = _layer_of(v, "layers") if layers is None else layers
     at = _layer_of(condition, "condition_layer") if condition_layer is None else condition_layer
     c = _one(condition)
-    vectors = _vectors(v, "v")
-    if len(vectors) != 1:
-        raise ShapeError(f"v: expected shape (d,), got {vectors.shape}")
-    _check_width(model, vectors.shape[1], "v")
+    added = single_vector(v, "v")
+    _check_width(model, len(added), "v")
     _check_width(model, len(c), "condition")
-    edit = steering_edit(vectors[0], vectors.shape[1], scale)
+    edit = steering_edit(added, len(added), scale)
     gate = ConditionGate()
     [tested] = select_modules(model, [at], blocks).values()
 

@@ -15,14 +15,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _native
-from .._files import write_atomically
+from .._files import reading, write_atomically
 from .._interop import device_path, empty_like, is_torch, like, source, target
 from ..errors import ArgumentError, DegenerateError, DTypeError, LayoutError, NonFiniteError, ShapeError
 
@@ -123,16 +122,9 @@ class Direction:
         Raises:
             ArgumentError: the file cannot be read or is not a direction.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise ArgumentError(f"path: expected a readable file, got {os.fspath(path)!r}")
-        try:
-            with safe_open(os.fspath(path), "numpy") as file:
-                metadata = json.loads((file.metadata() or {})[_FORMAT])
-                vector = file.get_tensor("vector")
-        except (SafetensorError, OSError, KeyError, ValueError) as err:
-            raise ArgumentError(f"path: {os.fspath(path)!r} is not a saved Direction") from err
+        with reading(path, "Direction") as file:
+            metadata = json.loads((file.metadata() or {})[_FORMAT])
+            vector = file.get_tensor("vector")
         counts = metadata["counts"]
         return cls(
             vector,
@@ -224,6 +216,19 @@ def _vector(v: Any, arg: str, width: int) -> Vector:
     if not np.isfinite(vector).all():
         raise NonFiniteError(f"{arg}: non-finite value at index {int(np.argmin(np.isfinite(vector)))}")
     return np.ascontiguousarray(vector)
+
+
+def single_vector(v: Any, arg: str) -> Vector:
+    """The one direction that ``v`` is, ``(d,)`` float64.
+
+    Raises:
+        ShapeError, DTypeError: it is several, or none.
+    """
+    vectors = _vectors(v, arg)
+    if len(vectors) != 1:
+        raise ShapeError(f"{arg}: expected shape (d,), got {vectors.shape}")
+    found: Vector = vectors[0]
+    return found
 
 
 def _finite(value: float, arg: str) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ArgumentError, DTypeError, ShapeError
 from .architectures import ARCHITECTURES, branch_modules, text_config
 from .blocks import Layers, select_modules
-from .directions import Direction, Edit, Site, _vector, _vectors, orthonormal_basis, steering_edit
+from .directions import Direction, Edit, Site, _vector, orthonormal_basis, single_vector, steering_edit
 from .weights import gained_basis
 
 if TYPE_CHECKING:
@@ -319,10 +319,8 @@ def steering(
     if site is None:
         site = v.site if isinstance(v, Direction) else "pre"
     check_site(site)
-    vectors = _vectors(v, "v")
-    if len(vectors) != 1:
-        raise ShapeError(f"v: expected shape (d,), got {vectors.shape}")
-    edit = steering_edit(vectors[0], vectors.shape[1], scale, unit=unit)
+    vector = single_vector(v, "v")
+    edit = steering_edit(vector, len(vector), scale, unit=unit)
     change = _edited(edit, _position_index(positions))
     attach = _on_input if site == "pre" else _on_output
     modules = select_modules(model, layers, blocks)

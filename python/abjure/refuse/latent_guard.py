@@ -7,18 +7,16 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .._files import write_atomically
-from .._interop import integers
+from .._files import reading, write_atomically
 from ..errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
 from .calibrate import Threshold, calibrate_threshold
 from .directions import Site, Vector, _to_numpy
 from .prompts import PositionKey, Prompts
-from .record import Contrasts, Rows, run_recording
+from .record import Contrasts, Rows, binary_labels, run_recording
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,7 +105,7 @@ class LatentGuard:
             ShapeError, ArgumentError: the arguments do not fit. DegenerateError: a class is empty.
         """
         states = _states(h)
-        labels = _labels(y, len(states))
+        labels = binary_labels(y, len(states), "y")
         if labels.min() == labels.max():
             raise DegenerateError("y: expected both classes")
         high, low = (states[labels == value].mean(0, dtype=np.float64) for value in (1, 0))
@@ -245,18 +243,11 @@ class LatentGuard:
         Raises:
             ArgumentError: the file cannot be read or is not a guard.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise ArgumentError(f"path: expected a readable file, got {os.fspath(path)!r}")
-        try:
-            with safe_open(os.fspath(path), "numpy") as file:
-                facts = json.loads((file.metadata() or {})[_FORMAT])
-                high, low = file.get_tensor("positive"), file.get_tensor("negative")
+        with reading(path, "LatentGuard") as file:
+            facts = json.loads((file.metadata() or {})[_FORMAT])
+            high, low = file.get_tensor("positive"), file.get_tensor("negative")
             facts["threshold"] = float(facts["threshold"])
             layers = facts.pop("layers")
-        except (SafetensorError, OSError, KeyError, ValueError) as err:
-            raise ArgumentError(f"path: {os.fspath(path)!r} is not a saved LatentGuard") from err
         return cls(high, low, layers, **facts)
 
     def __repr__(self) -> str:
@@ -284,12 +275,3 @@ def _states(h: Any) -> Any:
     if states.ndim != 3 or 0 in states.shape:
         raise ShapeError(f"h: expected (n, layers, d), got {states.shape}")
     return states
-
-
-def _labels(y: Any, n: int) -> Any:
-    labels = integers(np.asarray(y), "y")
-    if labels.shape != (n,):
-        raise ShapeError(f"y: expected one label per prompt ({n},), got {labels.shape}")
-    if not np.isin(labels, (0, 1)).all():
-        raise ArgumentError(f"y: expected 0 or 1, got {np.setdiff1d(labels, (0, 1))[0]}")
-    return labels

@@ -178,7 +178,7 @@ def record_prompts(
         ArgumentError, ShapeError, DTypeError: an argument does not fit the model or the prompts.
         NonFiniteError: an activation is NaN or infinite; the layer and the prompt are named.
     """
-    values = _labels(labels, prompts)
+    values = binary_labels(labels, len(prompts))
     keys = prompts.position_keys(positions)
     contrasts: dict[Key, Contrast] = {}
     chosen = None if isinstance(covariance, bool) else {int(layer) for layer in covariance}
@@ -197,12 +197,17 @@ def record_prompts(
     return Contrasts(contrasts, prompts.token_names(keys))
 
 
-def _labels(labels: Any, prompts: Prompts) -> Any:
-    values = integers(np.asarray(labels), "labels")
-    if values.shape != (len(prompts),):
-        raise ShapeError(f"labels: expected one per prompt ({len(prompts)},), got {values.shape}")
+def binary_labels(labels: Any, n: int, arg: str = "labels") -> Any:
+    """One 0 or 1 per prompt, as integers.
+
+    Raises:
+        ShapeError: not one per prompt. ArgumentError: another value.
+    """
+    values = integers(np.asarray(labels), arg)
+    if values.shape != (n,):
+        raise ShapeError(f"{arg}: expected one per prompt ({n},), got {values.shape}")
     if not np.isin(values, (0, 1)).all():
-        raise ArgumentError(f"labels: expected 0 or 1, got {np.setdiff1d(values, (0, 1))[0]}")
+        raise ArgumentError(f"{arg}: expected 0 or 1, got {np.setdiff1d(values, (0, 1))[0]}")
     return values
 
 
@@ -320,7 +325,7 @@ def record_to_disk(
 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ArgumentError(f"dtype: expected 'float32', 'float16' or 'bfloat16', got {dtype!r}")
-    values = _labels(labels, prompts)
+    values = binary_labels(labels, len(prompts))
     keys = prompts.position_keys(positions)
     modules = _blocks(model, layers, blocks)
     folder = Path(folder)
