@@ -5,6 +5,15 @@ from __future__ import annotations
 from .architectures import ARCHITECTURES, Architecture, Writer, residual_writers
 from .blocks import decoder_blocks
 from .calibrate import Threshold, calibrate_bias, calibrate_threshold
+from .cliff import (
+    Cliff,
+    CliffRanking,
+    MeanCurve,
+    cliff_score,
+    rank_by_cliff,
+    refusal_cliff,
+    refusal_scores_by_position,
+)
 from .conditional import (
     ConditionGate,
     ConditionThreshold,
@@ -22,6 +31,7 @@ from .directions import (
     project,
     steer_,
 )
+from .heads import Head, HeadAttribution, ablating_heads, attribute_heads, head_contributions
 from .hooks import Recording, ablating, recording, steering
 from .latent_guard import Beliefs, LatentGuard
 from .model_edit import ModelEditReport, orthogonalize_model_
@@ -49,6 +59,8 @@ __all__ = [
     "Architecture",
     "Beliefs",
     "Candidate",
+    "Cliff",
+    "CliffRanking",
     "ConditionGate",
     "ConditionThreshold",
     "Contrast",
@@ -57,7 +69,10 @@ __all__ = [
     "DirectionSelection",
     "Eraser",
     "ForbiddenPhrases",
+    "Head",
+    "HeadAttribution",
     "LatentGuard",
+    "MeanCurve",
     "ModelEditReport",
     "Prompt",
     "Prompts",
@@ -69,27 +84,34 @@ __all__ = [
     "ablate",
     "ablate_",
     "ablating",
+    "ablating_heads",
     "affine_ablate_",
+    "attribute_heads",
     "bias_",
     "bias_for_probability",
     "bias_to_threshold",
     "calibrate_bias",
     "calibrate_threshold",
+    "cliff_score",
     "condition_similarity",
     "condition_threshold",
     "conditional_steering",
     "decoder_blocks",
     "difference_components",
     "force_",
+    "head_contributions",
     "logit",
     "orthogonalize_",
     "orthogonalize_model_",
     "orthonormal_basis",
     "project",
+    "rank_by_cliff",
     "record_prompts",
     "record_to_disk",
     "recording",
+    "refusal_cliff",
     "refusal_scores",
+    "refusal_scores_by_position",
     "residual_writers",
     "row_lse",
     "row_margin",

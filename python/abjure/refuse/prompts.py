@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, DTypeError
+from ..errors import ArgumentError, DTypeError, ShapeError
 
 #: An instruction that no template contains: what stands around it is the template.
 _MARK = "abjure§instruction§mark"
@@ -46,12 +46,14 @@ class Prompts(Sequence[Prompt]):
         texts: the instructions, or whole prompts with ``template=False``.
         template: apply the tokenizer's chat template, up to where the answer begins.
         system: a system message before each instruction.
-        opening: text after the prompt, the beginning of an answer; it counts as post-instruction tokens.
+        opening: text after the prompt, the beginning of an answer or a whole chain of reasoning; it counts as
+            post-instruction tokens. One for all, or a list with one per text.
 
     Raises:
         DTypeError: a text is not a string, or the tokenizer is not one.
         ArgumentError: an empty list or text, no chat template, an instruction that the template changes, a slow
             tokenizer.
+        ShapeError: a list of openings that has not one per text.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Prompts(Sequence[Prompt]):
         *,
         template: bool = True,
         system: str | None = None,
-        opening: str = "",
+        opening: str | Sequence[str] = "",
     ) -> None:
         if isinstance(texts, str):
             raise DTypeError("texts: expected a list of strings, got one string")
@@ -79,10 +81,16 @@ class Prompts(Sequence[Prompt]):
                 raise ArgumentError(f"texts: expected text, got an empty string at index {i}")
         if not texts:
             raise ArgumentError("texts: expected at least one prompt, got none")
+        openings = [opening] * len(texts) if isinstance(opening, str) else list(opening)
+        if bad := [o for o in openings if not isinstance(o, str)]:
+            raise DTypeError(f"opening: expected strings, got {type(bad[0]).__name__}")
+        if len(openings) != len(texts):
+            raise ShapeError(f"opening: expected one, or one per text ({len(texts)}), got {len(openings)}")
         before, after = _surroundings(tokenizer, system) if template else ("", "")
         self.tokenizer = tokenizer
         self._prompts = [
-            _encode(tokenizer, t, i, before, after, template, system, opening) for i, t in enumerate(texts)
+            _encode(tokenizer, t, i, before, after, template, system, o)
+            for i, (t, o) in enumerate(zip(texts, openings, strict=True))
         ]
 
     def __len__(self) -> int:

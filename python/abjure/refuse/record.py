@@ -243,16 +243,15 @@ def run_recording(
 ) -> None:
     """Runs the prompts and hands every batch's rows to ``take``, layer by layer and position by position."""
     import torch
-    from tqdm.auto import tqdm
 
     check_site(site)
-    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-        raise ArgumentError(f"batch_size: expected 1 or more, got {batch_size!r}")
     modules = _blocks(model, layers, blocks)
     attach = _on_input if site == "pre" else _on_output
-    device = run_device(model)
-    inner = _inner(model)
     batch: dict[str, Any] = {}
+
+    def begin(chosen: list[int], mask: Any) -> None:
+        batch["chosen"] = chosen
+        batch["at"] = {key: _index(prompts, chosen, key, mask) for key in keys}
 
     def watch(layer: int) -> Callable[[Any], None]:
         def change(hidden: Any) -> None:
@@ -268,16 +267,40 @@ def run_recording(
 
         return change
 
+    hooks = [lambda m=m, k=k: attach(m, watch(k)) for k, m in modules.items()]
+    run_hooked(model, prompts, hooks, begin, batch_size, progress)
+
+
+def run_hooked(
+    model: nn.Module,
+    prompts: Prompts,
+    hooks: Sequence[Callable[[], Any]],
+    begin: Callable[[list[int], Any], None],
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Runs the prompts batch by batch with hooks attached, without gradients and in eval mode.
+
+    Args:
+        hooks: each registers one hook and returns its handle.
+        begin: called before every batch with the indices of its prompts and their mask ``(batch, tokens)``.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ArgumentError(f"batch_size: expected 1 or more, got {batch_size!r}")
+    device = run_device(model)
+    inner = _inner(model)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_attached([lambda m=m, k=k: attach(m, watch(k)) for k, m in modules.items()]))  # type: ignore[misc]
+        stack.enter_context(_attached(hooks))
         bar = stack.enter_context(
             tqdm(total=len(prompts), desc="recording", unit="prompt", disable=None if progress else True)
         )
         for chosen, ids, mask in prompts.batches(int(batch_size)):
-            batch["chosen"] = chosen
-            batch["at"] = {key: _index(prompts, chosen, key, mask) for key in keys}
+            begin(chosen, mask)
             inner(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
             bar.update(len(chosen))
 
