@@ -30,12 +30,13 @@ def run_python(code: str, **env: str) -> str:
 
 def test_import_is_quick_and_leaves_torch_alone():
     code = (
-        "import sys, time; t = time.perf_counter(); import abjure, abjure.forget, abjure.refuse, abjure.protect;"
-        "print(time.perf_counter() - t, 'torch' in sys.modules, 'transformers' in sys.modules)"
+        "import sys, time; t = time.process_time(); import abjure, abjure.forget, abjure.refuse, abjure.protect;"
+        "print(time.process_time() - t, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
     seconds, torch_loaded, transformers_loaded = min(run_python(code).split() for _ in range(3))
     assert (torch_loaded, transformers_loaded) == ("False", "False")
-    assert float(seconds) < 0.5  # a loaded machine; the promise of 0.2 s is measured by the benchmark
+    # Processor time, which other processes do not stretch as they do the clock; the benchmark measures the 0.2 s promised.
+    assert float(seconds) < 0.5
 
 
 def test_threads_from_the_environment_and_the_call():
