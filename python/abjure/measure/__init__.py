@@ -4,12 +4,15 @@ Similarity of representations (:func:`cka`, :class:`LinearCKA`), nearest-neighbo
 tug-of-war score (:func:`tug_of_war`) and membership inference (:func:`entropy_mia`, :func:`svc_mia`).
 For language models that were made to forget: :mod:`~abjure.measure.quality` (:func:`forget_quality`,
 :func:`model_utility`) and :mod:`~abjure.measure.sequence_membership` (:func:`sequence_mia`).
+Rates with intervals: :func:`rate`, :func:`rate_difference`; rankings: :func:`average_precision`.
 """
 
 from __future__ import annotations
 
 from .membership import SVC_FEATURES, entropy_mia, modified_entropy, svc_mia
 from .quality import forget_quality, ks_test, model_utility, paired_bootstrap, truth_ratio
+from .ranking import average_precision
+from .rates import Rate, rate, rate_difference
 from .sequence_membership import sequence_mia
 from .similarity import LinearCKA, cka
 from .transfer import Transfer, knn_transfer
@@ -18,7 +21,9 @@ from .tug_of_war import tug_of_war
 __all__ = [
     "SVC_FEATURES",
     "LinearCKA",
+    "Rate",
     "Transfer",
+    "average_precision",
     "cka",
     "entropy_mia",
     "forget_quality",
@@ -27,6 +32,8 @@ __all__ = [
     "model_utility",
     "modified_entropy",
     "paired_bootstrap",
+    "rate",
+    "rate_difference",
     "sequence_mia",
     "svc_mia",
     "truth_ratio",
