@@ -132,7 +132,7 @@ def rate(values: Any, groups: Any = None, *, invalid: Invalid = "error") -> Rate
         k_n_bad[0] += verdict
         k_n_bad[1] += 1
     total = [sum(c[j] for c in counts.values()) for j in range(3)]
-    by_group = {} if groups is None else {name: Rate(*c) for name, c in counts.items()}
+    by_group = {} if groups is None else {name: Rate(c[0], c[1], c[2]) for name, c in counts.items()}
     return Rate(total[0], total[1], total[2], by_group)
 
 
