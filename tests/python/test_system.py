@@ -35,7 +35,7 @@ def test_import_is_quick_and_leaves_torch_alone():
     )
     seconds, torch_loaded, transformers_loaded = min(run_python(code).split() for _ in range(3))
     assert (torch_loaded, transformers_loaded) == ("False", "False")
-    # Processor time, which other processes do not stretch as they do the clock; the benchmark measures the 0.2 s promised.
+    # Processor time: other processes stretch the clock, not this. The benchmark measures the 0.2 s promised.
     assert float(seconds) < 0.5
 
 
