@@ -103,11 +103,11 @@ def coupled_estimate(
 
     ``P(label = 1 | x) = r s``; an unlabelled item is relevant with probability ``r (1 − s) / (1 − r s)``. Each round
     fits ``r`` to these probabilities and ``s`` to the items weighted by them; the penalised likelihood never falls. A
-    labelled item is taken to be relevant. Products of probabilities say little about their factors: expect errors near
-    10 % of the count of missed positives for 6 000 items, less with an audit.
+    labelled item is taken to be relevant. A product says little about its factors: on simulated data the count of
+    missed positives was off by 6 and 19 % at 6 000 items, by 0.5 and 4 % at 20 000.
 
-    Only the product is observed, so something has to tell the two apart: features that move ``s`` but not ``r`` (columns
-    of ``selection_features`` outside the span of ``relevance_features``), or audited items.
+    Only the product is observed, so something has to tell the two apart: features that move ``s`` but not ``r``
+    (columns of ``selection_features`` outside the span of ``relevance_features``), or audited items.
 
     Args:
         labels: ``(n,)`` of 0 and 1.
