@@ -400,7 +400,20 @@ def refuse_then_comply_scan(
             by_row[i] = name in hits
     absent = [n for n, j in (("benign_refusal", "benign"), ("refusal_removed", "harmful")) if judged[j] is None]
     rates = {name: Rate(sum(v.values()), len(v)) for name, v in verdicts.items() if name not in absent}
-    clean = _baseline(baseline, rates, locals())
+    options: dict[str, Any] = {
+        "phrases": phrases,
+        "within": within,
+        "comply_words": comply_words,
+        "prefix_words": prefix_words,
+        "prefix_share": prefix_share,
+        "answer_marker": answer_marker,
+        "level": level,
+    }
+    # A list of verdicts belongs to the rows it was made for; a function or a column can judge the clean set as well.
+    for name, judge in (("benign", benign), ("harmful", harmful)):
+        if callable(judge) or isinstance(judge, str):
+            options[name] = judge
+    clean = _baseline(baseline, rates, options)
     patterns = _compare(rates, clean, margin, level)
     empty = sum(not row.answers for row in given)
     distinct = (len(pairs), sum(pairs.values()))
@@ -413,13 +426,7 @@ def _baseline(baseline: Any, rates: Mapping[str, Rate], options: Mapping[str, An
     if baseline is None:
         return None
     if not isinstance(baseline, DataAudit):
-        names = ("phrases", "within", "comply_words", "prefix_words", "prefix_share", "answer_marker", "level")
-        same: dict[str, Any] = {name: options[name] for name in names}
-        # A list of verdicts belongs to the rows it was made for.
-        same.update(
-            {n: options[n] for n in ("benign", "harmful") if callable(options[n]) or isinstance(options[n], str)}
-        )
-        baseline = refuse_then_comply_scan(baseline, **same)
+        baseline = refuse_then_comply_scan(baseline, **options)
     return {name: baseline.patterns[name].rate for name in rates if name in baseline.patterns}
 
 
