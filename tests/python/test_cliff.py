@@ -494,3 +494,37 @@ def test_heads_come_back_after_an_exception_and_bad_heads_are_listed(prompts):
     ]:
         with pytest.raises(error):
             refuse.head_contributions(*args)
+
+
+@pytest.mark.effect
+def test_heads_that_write_refusal_carry_it(trigger):
+    """On the decoder that refuses a topic, its highest heads lower the log-odds of refusal more than random ones do.
+
+    Contributions are direct: heads of the first block find the topic and matter through what is behind them, so the
+    random sets are also drawn without them. This is a property of the model at hand: trained with seed 1 it refuses by
+    its first block and MLPs, and no heads behind carry the answer, however much they write along the direction.
+    """
+    texts = trigger.train[0] + trigger.train[1]
+    labels = [0] * len(trigger.train[0]) + [1] * len(trigger.train[1])
+    train = refuse.Prompts(trigger.tokenizer, texts)
+    recorded = refuse.record_prompts(trigger.model, train, labels, [3], "last", site="post")
+    direction = recorded[3, -1].difference_in_means()
+    refused = refuse.Prompts(trigger.tokenizer, trigger.train[1])
+    highest = refuse.attribute_heads(trigger.model, refused, direction).highest(0.15)
+    assert len(highest) == 3
+    held = refuse.Prompts(trigger.tokenizer, trigger.held_out[1])
+
+    def score(heads):
+        with refuse.ablating_heads(trigger.model, heads):
+            return refuse.refusal_scores(trigger.model, held, [trigger.refusal_token]).mean()
+
+    def random_drop(first_layer):
+        rng = np.random.default_rng(0)
+        heads = [(layer, head) for layer in range(first_layer, 4) for head in range(4)]
+        picks = [[heads[i] for i in rng.choice(len(heads), 3, replace=False)] for _ in range(20)]
+        return base - np.mean([score(pick) for pick in picks])
+
+    base = refuse.refusal_scores(trigger.model, held, [trigger.refusal_token]).mean()
+    drop = base - score(highest)
+    assert drop > 1.25 * random_drop(0)
+    assert drop > 2 * random_drop(1)
