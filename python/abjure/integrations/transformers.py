@@ -1,13 +1,14 @@
-"""The logits processors as subclasses of transformers' own base class, for code that checks for it.
+"""The logits processors and the stopping criterion as subclasses of transformers' own, for code that checks for it.
 
-Pass them to ``model.generate(..., logits_processor=LogitsProcessorList([...]))``. They run before temperature,
-top-k and top-p, on float32 scores; one object serves one generation at a time.
+Pass processors to ``model.generate(..., logits_processor=LogitsProcessorList([...]))``. They run before temperature,
+top-k and top-p, on float32 scores. Criteria go to ``stopping_criteria=``. One object serves one generation at a time.
 """
 
 from __future__ import annotations
 
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteria
 
+from ..refuse.any_depth import AnyDepthCriterion
 from ..refuse.phrases import ForbiddenPhrases
 from ..refuse.tokens import RefusalTokens
 
@@ -25,4 +26,11 @@ class ForbiddenPhrasesProcessor(ForbiddenPhrases, LogitsProcessor):  # type: ign
 
     With ``scope="all"`` it forbids what ``NoBadWordsLogitsProcessor`` forbids, at a cost that does not grow with the
     number of phrases.
+    """
+
+
+class AnyDepthStoppingCriteria(AnyDepthCriterion, StoppingCriteria):
+    """:class:`abjure.refuse.AnyDepthCriterion` as a ``transformers.StoppingCriteria``.
+
+    ``AnyDepthStoppingCriteria(guard, model)`` does what ``guard.criterion(model)`` does.
     """

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from .any_depth import (
+    AnyDepthCriterion,
+    AnyDepthGuard,
+    AnyDepthKeywords,
+    DepthStates,
+    DepthWatch,
+    LinearProbe,
+    assistant_header,
+)
 from .architectures import ARCHITECTURES, Architecture, Writer, residual_writers
 from .blocks import decoder_blocks
 from .calibrate import Threshold, calibrate_bias, calibrate_threshold
@@ -84,6 +93,9 @@ from .weights import WeightReport, orthogonalize_
 __all__ = [
     "ARCHITECTURES",
     "Activations",
+    "AnyDepthCriterion",
+    "AnyDepthGuard",
+    "AnyDepthKeywords",
     "Architecture",
     "Beliefs",
     "Budgets",
@@ -100,6 +112,8 @@ __all__ = [
     "DecoupledRefusalCollator",
     "DecoupledRefusalExamples",
     "DecoupledRefusalMap",
+    "DepthStates",
+    "DepthWatch",
     "Direction",
     "DirectionSelection",
     "Eraser",
@@ -108,6 +122,7 @@ __all__ = [
     "Head",
     "HeadAttribution",
     "LatentGuard",
+    "LinearProbe",
     "MeanCurve",
     "ModelEditReport",
     "OverRefusalSearch",
@@ -127,6 +142,7 @@ __all__ = [
     "affine_ablate_",
     "answer_confidence",
     "answer_entropy",
+    "assistant_header",
     "attribute_heads",
     "bias_",
     "bias_for_probability",
