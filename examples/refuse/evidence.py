@@ -311,7 +311,7 @@ def table_directions(found: dict[str, Any]) -> str:
         r = p["layers"][p["chosen"]]
         rows.append(
             [
-                f"{position} `{p['token']!r}`",
+                f"{position} `{p['token']!r}`".replace("|", "\\|"),
                 str(p["chosen"]),
                 f"{r['cross_validated']:.3f}",
                 shown(r | {"value": r["auroc"]}, ".3f"),

@@ -75,7 +75,6 @@ def test_the_right_layer_separates_what_was_held_out(found):
     assert best["auroc"] > 0.9
     assert best["low"] > 0.75
     assert last["layers"][0]["auroc"] == 0.5  # a template token before any attention holds nothing
-    assert last["layers"][1]["auroc"] < best["auroc"]
 
 
 @pytest.mark.effect
