@@ -265,3 +265,91 @@ def test_difference_components_keep_the_mean_difference():
     ]:
         with pytest.raises(error):
             refuse.difference_components(a, b, rank)
+
+
+def test_saved_contrasts_continue_to_the_bit(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((90, 6)).astype(np.float32), rng.integers(0, 2, 90)
+    where = {"layer": 3, "site": "post", "position": "last_instruction"}
+    whole = refuse.Contrast(True, **where, nonfinite="skip", reservoir=7, seed=5).update(x[:50], y[:50])
+    whole.save(tmp_path / "a")
+    again = refuse.Contrast.load(tmp_path / "a")
+    assert repr(again) == repr(whole)
+    for contrast in (whole, again):
+        contrast.update(x[50:], y[50:])
+    np.testing.assert_array_equal(again.means, whole.means)
+    np.testing.assert_array_equal(again.pca().vector, whole.pca().vector)
+    for a, b in zip(again.sample, whole.sample, strict=True):
+        assert a.tobytes() == b.tobytes()
+    refuse.Contrast(winsorize=0.9).save(tmp_path / "empty")
+    empty = refuse.Contrast.load(tmp_path / "empty")
+    assert (empty.counts, empty.winsorize) == ((0, 0), 0.9)
+    refuse.Direction(x[0]).save(tmp_path / "direction")
+    (tmp_path / "cut").write_bytes((tmp_path / "a").read_bytes()[:-8])
+    for name in ("direction", "cut", "missing"):
+        with pytest.raises(abjure.ArgumentError, match="path:"):
+            refuse.Contrast.load(tmp_path / name)
+    with pytest.raises(abjure.ArgumentError, match="path:"):
+        whole.save(tmp_path / "no" / "a")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_sample_does_not_depend_on_batches(dtype):
+    x = torch.arange(400.0).reshape(200, 2).to(getattr(torch, dtype))
+    y = np.arange(200) % 2
+    whole = refuse.Contrast(reservoir=20).update(x, y)
+    parts = refuse.Contrast(reservoir=20)
+    for start in range(0, 200, 7):
+        parts.update(x[start : start + 7], y[start : start + 7])
+    rows, labels = whole.sample
+    assert rows.tobytes() == parts.sample[0].tobytes()
+    assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
+    assert labels.tolist() == [0] * 20 + [1] * 20
+    wide = x.double().numpy()
+    for label in (0, 1):
+        kept = {tuple(r) for r in rows[labels == label].astype(float)}
+        assert kept <= {tuple(r) for r in wide[y == label]}
+    one_each = refuse.Contrast(reservoir=20).update(x[y == 0], 0).update(x[y == 1], 1)
+    np.testing.assert_array_equal(one_each.sample[0], rows)
+    assert not np.array_equal(refuse.Contrast(reservoir=20, seed=1).update(x, y).sample[0], rows)
+    few = refuse.Contrast(reservoir=500).update(x, y).sample[0]
+    np.testing.assert_array_equal(np.sort(few[:, 0]), np.sort(wide[:, 0]))
+
+
+def test_every_row_is_as_likely_also_after_merging():
+    n, size, trials = 30, 6, 600
+    x = np.arange(float(n))[:, None]
+    counts, pairs = np.zeros((2, n)), np.zeros(2)
+    for trial in range(trials):
+        single = refuse.Contrast(reservoir=size, seed=2 * trial).update(x, 0)
+        a = refuse.Contrast(reservoir=size, seed=2 * trial).update(x[:10], 0)
+        merged = a.merge(refuse.Contrast(reservoir=size, seed=2 * trial + 1).update(x[10:25], 0)).update(x[25:], 0)
+        for i, contrast in enumerate((single, merged)):
+            kept = contrast.sample[0][:, 0].astype(int)
+            assert len(set(kept)) == size
+            counts[i, kept] += 1
+            pairs[i] += (kept < 10).sum() * ((kept < 10).sum() - 1)
+    expected = trials * size / n
+    chi = ((counts - expected) ** 2 / (expected * (1 - size / n))).sum(1) * (n - 1) / n
+    assert (chi < 70).all(), chi  # 29 degrees of freedom: beyond one in 30 000
+    # Joint inclusion, which a merge of samples with the same places would get wrong.
+    want = trials * 10 * 9 * size * (size - 1) / (n * (n - 1))
+    np.testing.assert_allclose(pairs, want, rtol=0.2)
+
+
+def test_samples_of_one_seed_do_not_merge():
+    a, b = (refuse.Contrast(reservoir=2).update(HIGH, 1) for _ in range(2))
+    before, means = a.sample[0].copy(), a._moments[1].mean
+    with pytest.raises(abjure.ArgumentError, match="another seed than 0"):
+        a.merge(b)
+    np.testing.assert_array_equal(a.sample[0], before)
+    np.testing.assert_array_equal(a._moments[1].mean, means)
+    with pytest.raises(abjure.ArgumentError, match="reservoir"):
+        a.merge(refuse.Contrast(reservoir=3, seed=1))
+    with pytest.raises(abjure.ArgumentError, match="reservoir"):
+        refuse.Contrast().sample  # noqa: B018
+    for bad, error in [(0, abjure.ArgumentError), (2.5, abjure.DTypeError), (True, abjure.DTypeError)]:
+        with pytest.raises(error, match="reservoir"):
+            refuse.Contrast(reservoir=bad)
+    x = np.concatenate([HIGH, np.full((1, 4), np.nan)])
+    assert np.isfinite(refuse.Contrast(reservoir=9, nonfinite="skip").update(x, 1).sample[0]).all()

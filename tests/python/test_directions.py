@@ -361,3 +361,27 @@ def test_other_devices_take_the_torch_forms(monkeypatch):
     assert set(called) == {"edit", "edit_", "edit_coefficients", "orthogonalize_"}
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_without_leaves_what_is_orthogonal_to_the_others():
+    rng = np.random.default_rng(0)
+    a, b, c = rng.standard_normal((3, 32))
+    harm, refusal = refuse.Direction(a, layer=1, provenance={"method": "x"}), refuse.Direction(1e-6 * b, layer=2)
+    left = harm.without(refusal, c)
+    basis = np.linalg.qr(np.stack([b, c]).T)[0].T
+    np.testing.assert_allclose(left.vector, a - basis.T @ (basis @ a), atol=1e-13)
+    assert np.abs(basis @ left.vector).max() < 1e-14 * left.norm * 32
+    [facts] = left.provenance["without"]
+    assert facts["share"] == pytest.approx(left.norm / harm.norm)
+    assert facts["others"][0]["layer"] == 2
+    assert facts["others"][0]["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert (left.layer, left.provenance["method"]) == (1, "x")
+    for others, error in [
+        ((), abjure.ArgumentError),
+        ((np.ones(3),), abjure.ShapeError),
+        ((np.zeros(32),), abjure.DegenerateError),
+        ((np.full(32, np.nan),), abjure.NonFiniteError),
+        ((2 * a,), abjure.DegenerateError),
+    ]:
+        with pytest.raises(error):
+            harm.without(*others)

@@ -376,3 +376,18 @@ def test_a_bad_origin_is_refused_before_any_hook():
     with pytest.raises(abjure.ShapeError, match="origin"), refuse.ablating(model, direction(), origin=np.zeros(31)):
         pass
     assert hooks_of(model) == before
+
+
+def test_steering_without_another_direction_leaves_its_projection():
+    model = build("llama").double()
+    harm, refusal = refuse.Direction(direction(), layer=1), direction(seed=1) + 0.5 * direction()
+    with torch.no_grad(), refuse.recording(model, [1]) as plain:
+        model(TOKENS)
+    moved = {}
+    for name, v in (("alone", harm.without(refusal)), ("mixed", harm)):
+        with torch.no_grad(), refuse.steering(model, v, scale=3.0), refuse.recording(model, [1]) as steered:
+            model(TOKENS)
+        moved[name] = [(refuse.project(steered[1], q) - refuse.project(plain[1], q)).abs() for q in (harm, refusal)]
+    assert moved["alone"][1].max() < 1e-13
+    assert moved["mixed"][1].min() > 0.1
+    assert moved["alone"][0].min() > 0.1

@@ -258,3 +258,23 @@ def test_memory_does_not_grow_with_the_prompts(tokenizer):
     first = run(16)
     # All that is seen of 512 prompts: 512 × 43 tokens × 3 layers × 256 × 4 B = 68 MB, and logits would be 4 GB.
     assert run(512) - first < 20_000
+
+
+def test_saved_recordings_and_samples(tmp_path, tokenizer, model, prompts):
+    recorded = refuse.record_prompts(model, prompts, LABELS, [1, 2], ["last_instruction", "last"], reservoir=2, seed=3)
+    recorded.save(tmp_path / "a")
+    again = refuse.Contrasts.load(tmp_path / "a")
+    assert list(again) == list(recorded)
+    assert again.token_names == recorded.token_names
+    for key in recorded:
+        np.testing.assert_array_equal(again[key].means, recorded[key].means)
+        rows, labels = again[key].sample
+        np.testing.assert_array_equal(rows, recorded[key].sample[0])
+        assert labels.tolist() == [0, 0, 1, 1]
+    other = refuse.record_prompts(model, prompts, LABELS, [1, 2], ["last_instruction", "last"], reservoir=2, seed=4)
+    assert again.merge(other)[1, -1].counts == (6, 6)
+    with pytest.raises(abjure.ArgumentError, match="seed"):
+        again.merge(recorded)
+    again[1, -1].save(tmp_path / "one")
+    with pytest.raises(abjure.ArgumentError, match="not a saved Contrasts"):
+        refuse.Contrasts.load(tmp_path / "one")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import _native
+from .._files import reading, write_atomically
 from .._interop import integers, is_torch, source
 from ..errors import ArgumentError, DegenerateError, DeviceError, NonFiniteError, ShapeError
 from .directions import ArrayT, Direction, Edit, Site, Vector, _finite, _to_numpy, _width
+from .reservoir import Reservoir
 
 #: A difference of means shorter than this part of the longer mean is rounding, not a direction.
 _NO_DIFFERENCE = 1e-12
+
+_FORMAT = "abjure.contrast"
+_SETTINGS = ("covariance", "nonfinite", "winsorize", "layer", "site", "position")
 
 
 class Contrast:
@@ -29,6 +38,8 @@ class Contrast:
         winsorize: clamp every row at this quantile of its own absolute values (linear interpolation) before it
             counts, so that a few massive activations do not make the mean; None or 1 leaves rows as they are.
         layer, site, position: where the activations are read, kept in the directions.
+        reservoir: also keep a uniform sample of up to this many rows of each class, see :attr:`sample`.
+        seed: of the sample; workers whose contrasts will be merged need a seed each.
     """
 
     def __init__(
@@ -40,6 +51,8 @@ class Contrast:
         layer: int | None = None,
         site: Site = "pre",
         position: int | str | None = None,
+        reservoir: int | None = None,
+        seed: int = 0,
     ) -> None:
         if nonfinite not in ("error", "skip"):
             raise ArgumentError(f'nonfinite: expected "error" or "skip", got {nonfinite!r}')
@@ -55,6 +68,28 @@ class Contrast:
         #: Rows left out as non-finite.
         self.skipped = 0
         self._moments: tuple[Any, Any] | None = None
+        self._reservoir = None if reservoir is None else Reservoir(reservoir, seed)
+
+    @property
+    def reservoir(self) -> int | None:
+        """Rows of each class that are kept at most, None where no sample is."""
+        return None if self._reservoir is None else self._reservoir.size
+
+    @property
+    def sample(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """A uniform sample without replacement of the rows seen, and their labels.
+
+        Rows ``(m, d)``, float64 where they came so and float32 otherwise, of class 0 and then of class 1; all of a
+        class where it has no more than ``reservoir``. Which rows are drawn depends on the seed and on each row's
+        place in its class, not on the batches; contrasts of one seed draw the same places, so that the samples of
+        several layers belong together. Winsorised rows are kept as they counted.
+
+        Raises:
+            ArgumentError: no sample was asked for.
+        """
+        if self._reservoir is None:
+            raise ArgumentError("reservoir: expected Contrast(reservoir=n), which keeps rows")
+        return self._reservoir.sample(0 if self._moments is None else self._moments[0].width)
 
     def update(self, x: Any, label: Any) -> Contrast:
         """Adds activations.
@@ -97,19 +132,26 @@ class Contrast:
                 total.merge(part)
         self._moments = held
         self.skipped += skipped
+        if self._reservoir is not None:
+            self._reservoir.update(rows, labels)
         return self
 
     def merge(self, other: Contrast) -> Contrast:
         """Adds what ``other`` has seen, for instance on another worker. Returns ``self``.
 
         Raises:
-            ShapeError, ArgumentError: another width, covariance setting, layer, site or position.
+            ShapeError, ArgumentError: another width, covariance setting, layer, site or position; a sample in one
+                only, of another size, or drawn with the same seed. Nothing has been added then.
         """
-        for name in ("covariance", "winsorize", "layer", "site", "position"):
+        for name in ("covariance", "winsorize", "layer", "site", "position", "reservoir"):
             if getattr(self, name) != getattr(other, name):
                 raise ArgumentError(f"other: expected {name}={getattr(self, name)!r}, got {getattr(other, name)!r}")
         if other._moments is None:
             return self
+        sampled = None
+        if self._reservoir is not None and other._reservoir is not None:
+            self._reservoir.check(other._reservoir)
+            sampled = self._reservoir.copy()
         if self._moments is None:
             self._moments = (other._moments[0].copy(), other._moments[1].copy())
         else:
@@ -117,8 +159,75 @@ class Contrast:
             for mine, theirs in zip(merged, other._moments, strict=True):
                 mine.merge(theirs.copy())
             self._moments = merged
+        if sampled is not None and other._reservoir is not None:
+            sampled.merge(other._reservoir)
+            self._reservoir = sampled
         self.skipped += other.skipped
         return self
+
+    def _state(self, prefix: str = "") -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Arrays, their names begun with ``prefix``, and JSON values: all that :meth:`_from_state` needs."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        facts: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS} | {"skipped": self.skipped}
+        if self._moments is not None:
+            arrays["weight"] = np.array([m.weight for m in self._moments])
+            for label, moments in enumerate(self._moments):
+                arrays[f"{label}.mean"] = moments.mean
+                if self.covariance:
+                    arrays[f"{label}.second"] = moments.second
+        if self._reservoir is not None:
+            sampled, facts["reservoir"] = self._reservoir.state()
+            arrays |= {f"sample.{name}": np.ascontiguousarray(a) for name, a in sampled.items()}
+        return {prefix + name: a for name, a in arrays.items()}, facts
+
+    @classmethod
+    def _from_state(cls, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Contrast:
+        """What :meth:`_state` gave; ValueError or KeyError where it does not fit together."""
+        options = {name: facts[name] for name in _SETTINGS if name != "covariance"}
+        new = cls(bool(facts["covariance"]), **options)
+        new.skipped = int(facts["skipped"])
+        width = 0
+        if "weight" in arrays:
+            low, high = (float(w) for w in arrays["weight"])
+            held = []
+            for label, weight in enumerate((low, high)):
+                mean, second = arrays[f"{label}.mean"], arrays[f"{label}.second"] if new.covariance else None
+                if not all(a is None or (a.dtype == np.float64 and np.isfinite(a).all()) for a in (mean, second)):
+                    raise ValueError("moments: expected finite float64")
+                held.append(_native.Moments.from_parts(weight, mean, second))
+            width = held[0].width
+            if held[1].width != width:
+                raise ValueError("moments: the classes differ in width")
+            new._moments = (held[0], held[1])
+        if "reservoir" in facts:
+            sampled = {name.removeprefix("sample."): a for name, a in arrays.items() if name.startswith("sample.")}
+            new._reservoir = Reservoir.from_state(sampled, facts["reservoir"], width)
+        return new
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file: moments in float64, the sample as it is, settings as JSON in its metadata.
+
+        What :meth:`load` gives back continues to the bit as this one would. The file appears complete or not at all.
+
+        Raises:
+            ArgumentError: ``path`` cannot be written.
+        """
+        from safetensors.numpy import save
+
+        arrays, facts = self._state()
+        metadata = json.dumps({"version": 1, **facts}, sort_keys=True)
+        write_atomically(path, save(arrays, {_FORMAT: metadata}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Contrast:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ArgumentError: the file cannot be read or is not a contrast.
+        """
+        with reading(path, "Contrast") as file:
+            facts = json.loads((file.metadata() or {})[_FORMAT])
+            return cls._from_state({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
 
     @property
     def counts(self) -> tuple[int, int]:

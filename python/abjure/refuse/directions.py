@@ -14,7 +14,7 @@ import html
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -86,6 +86,51 @@ class Direction:
 
     def __len__(self) -> int:
         return int(self.vector.size)
+
+    def without(self, *others: Any) -> Direction:
+        """The component orthogonal to every one of ``others``: what moves this concept and leaves theirs alone.
+
+        Harmfulness and refusal, for instance, are two directions that are not orthogonal (arXiv 2507.11878, section
+        3); steering along ``harmfulness.without(refusal)`` leaves the projection on refusal as it was, to the
+        rounding of the activations. Projected twice in float64.
+
+        Args:
+            others: each a :class:`Direction`, ``(d,)`` or ``(k, d)``; their lengths do not matter.
+
+        Returns:
+            A :class:`Direction` of the same place, not normalised. Its provenance holds, under ``"without"`` and for
+            each call, the ``share`` of the length that is left, the ``norm`` there was, and for each vector taken
+            away its cosine with this direction and where it was estimated.
+
+        Raises:
+            ArgumentError: there are no ``others``.
+            ShapeError, DTypeError: one of them has another width, or is not a vector.
+            NonFiniteError, DegenerateError: one of them is not finite, or is zero.
+            DegenerateError: nothing is left to 1e-12 of the length.
+        """
+        if not others:
+            raise ArgumentError("others: expected at least one direction")
+        units: list[Vector] = []
+        taken: list[dict[str, Any]] = []
+        for other in others:
+            place = {}
+            if isinstance(other, Direction):
+                place = {"layer": other.layer, "site": other.site, "position": other.position}
+            for row in _vectors(other, "others"):
+                if row.size != self.vector.size:
+                    raise ShapeError(f"others: expected vectors of {self.vector.size}, got {row.size}")
+                units.append(orthonormal_basis(row)[0])
+                taken.append({"cosine": float(units[-1] @ self.unit), **place})
+        basis = orthonormal_basis(np.stack(units))
+        left = self.unit
+        for _ in range(2):
+            left = left - (basis @ left) @ basis
+        share = float(np.linalg.norm(left))
+        if share <= 1e-12:
+            raise DegenerateError("others: the direction lies in their span, so nothing is left of it")
+        facts = {"share": share, "norm": self.norm, "others": taken}
+        history = [*self.provenance.get("without", ()), facts]
+        return replace(self, vector=left * self.norm, provenance={**self.provenance, "without": history})
 
     def _metadata(self) -> dict[str, Any]:
         return {

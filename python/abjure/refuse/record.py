@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._files import write_atomically
+from .._files import reading, write_atomically
 from .._interop import integers
 from .._modes import evaluating
 from ..errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
@@ -22,6 +22,7 @@ from .contrast import Contrast
 from .directions import Direction, Site, Vector
 from .hooks import _attached, _on_input, _on_output, check_site
 from .prompts import PositionKey, Prompts
+from .reservoir import Reservoir
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Key = tuple[int, PositionKey]
 _INDEX = "abjure.activations.json"
 _FORMAT = "abjure.activations.1"
+_CONTRASTS = "abjure.contrasts"
 #: Rows a shard holds before it is written.
 _SHARD_BYTES = 256 << 20
 
@@ -73,6 +75,43 @@ class Contrasts(Mapping[Key, Contrast]):
         merged = {key: _copied(contrast).merge(other[key]) for key, contrast in self._contrasts.items()}
         self._contrasts = merged
         return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes every contrast to one safetensors file, as :meth:`Contrast.save` does.
+
+        Raises:
+            ArgumentError: ``path`` cannot be written.
+        """
+        from safetensors.numpy import save
+
+        arrays: dict[str, Any] = {}
+        facts: list[Any] = []
+        for i, contrast in enumerate(self._contrasts.values()):
+            found, settings = contrast._state(f"{i}.")
+            arrays |= found
+            facts.append(settings)
+        names = list(self.token_names.items())
+        metadata = json.dumps({"version": 1, "keys": list(self), "contrasts": facts, "token_names": names})
+        write_atomically(path, save(arrays, {_CONTRASTS: metadata}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Contrasts:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ArgumentError: the file cannot be read or is not a set of contrasts.
+        """
+        with reading(path, "Contrasts") as file:
+            metadata = json.loads((file.metadata() or {})[_CONTRASTS])
+            parts: list[dict[str, Any]] = [{} for _ in metadata["keys"]]
+            for name in file.keys():  # noqa: SIM118
+                index, _, rest = name.partition(".")
+                parts[int(index)][rest] = file.get_tensor(name)
+            found = {
+                (layer, position): Contrast._from_state(part, facts)
+                for (layer, position), part, facts in zip(metadata["keys"], parts, metadata["contrasts"], strict=True)
+            }
+            return cls(found, dict(metadata["token_names"]))
 
     def directions(self, method: str = "difference_in_means", **options: Any) -> dict[Key, Direction]:
         """The direction of every layer and position; those with equal class means are left out.
@@ -128,6 +167,8 @@ def _copied(contrast: Contrast) -> Contrast:
         site=contrast.site,
         position=contrast.position,
     )
+    if contrast._reservoir is not None:
+        new._reservoir = Reservoir(contrast._reservoir.size, contrast._reservoir.seed)
     return new.merge(contrast)
 
 
@@ -151,6 +192,8 @@ def record_prompts(
     site: Site = "pre",
     covariance: bool | Sequence[int] = False,
     winsorize: float | None = None,
+    reservoir: int | None = None,
+    seed: int = 0,
     batch_size: int = 8,
     blocks: str | None = None,
     progress: bool = True,
@@ -170,6 +213,8 @@ def record_prompts(
         site: input (``"pre"``) or output (``"post"``) of the block.
         covariance: keep second moments, for all layers or those named (d × d float64 twice per layer and position).
         winsorize: as in :class:`Contrast`.
+        reservoir, seed: keep up to ``reservoir`` rows of each class too, as in :class:`Contrast`: the same prompts at
+            every layer, and at every position but ``"all"``.
         batch_size: prompts per forward pass.
         blocks: dotted name of the list of blocks, for models the table does not know.
         progress: show a progress bar where standard error is a terminal.
@@ -188,7 +233,9 @@ def record_prompts(
     for layer in modules:
         for key in keys:
             moments = layer in chosen if chosen is not None else bool(covariance)
-            contrasts[layer, key] = Contrast(moments, winsorize=winsorize, layer=layer, site=site, position=key)
+            contrasts[layer, key] = Contrast(
+                moments, winsorize=winsorize, layer=layer, site=site, position=key, reservoir=reservoir, seed=seed
+            )
 
     def take(rows: Rows) -> None:
         contrasts[rows.layer, rows.position].update(rows.values, values[rows.prompts])
