@@ -68,6 +68,7 @@ from .directions import (
     project,
     steer_,
 )
+from .dro import AnchorSpace, SafetyPrompt, anchor_states, dro_loss, optimize_safety_prompt
 from .heads import Head, HeadAttribution, ablating_heads, attribute_heads, head_contributions
 from .hooks import Recording, ablating, recording, steering
 from .latent_guard import Beliefs, LatentGuard
@@ -93,6 +94,7 @@ from .weights import WeightReport, orthogonalize_
 __all__ = [
     "ARCHITECTURES",
     "Activations",
+    "AnchorSpace",
     "AnyDepthCriterion",
     "AnyDepthGuard",
     "AnyDepthKeywords",
@@ -132,6 +134,7 @@ __all__ = [
     "Recording",
     "RefusalAwareSplit",
     "RefusalTokens",
+    "SafetyPrompt",
     "Threshold",
     "WeightReport",
     "Writer",
@@ -140,6 +143,7 @@ __all__ = [
     "ablating",
     "ablating_heads",
     "affine_ablate_",
+    "anchor_states",
     "answer_confidence",
     "answer_entropy",
     "assistant_header",
@@ -162,9 +166,11 @@ __all__ = [
     "decoupled_refusal_loss",
     "difference_components",
     "difficulty_budgets",
+    "dro_loss",
     "force_",
     "head_contributions",
     "logit",
+    "optimize_safety_prompt",
     "orthogonalize_",
     "orthogonalize_model_",
     "orthonormal_basis",
