@@ -83,6 +83,17 @@ _F64 = npt.NDArray[np.float64]
 def orthonormal(vectors: _F64) -> _F64: ...
 def check_weight(weight: Any) -> None: ...
 def orthogonalize_leading(weight: Any, q: _F64, scale: float, keep: str | None) -> tuple[float, float, int]: ...
+def probe_fit(
+    x: Any,
+    y: _F64,
+    strengths: list[float],
+    squared: bool,
+    balanced: bool,
+    tol: float,
+    max_iter: int,
+    fold: npt.NDArray[np.int64] | None,
+) -> tuple[list[list[tuple[_F64, float, float, float, float, int, bool]]], _F64 | None]: ...
+def probe_decision(x: Any, coef: _F64, intercept: float) -> _F64: ...
 
 class Edit:
     def __init__(

@@ -5,6 +5,7 @@ use super::long::run_long;
 use crate::cancel::Cancel;
 use crate::linalg::{Orthonormal, orthonormalize};
 use crate::moments::{Moments, NonFinitePolicy};
+use crate::refuse::directions::probe;
 use crate::refuse::directions::{Edit, NormPreserving, check_finite, orthogonalize_columns};
 use crate::{Error, Result, with_dtype};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
@@ -256,9 +257,93 @@ impl PyMoments {
     }
 }
 
+/// Weights, intercept, loss, gradient norm, decrement, iterations, converged.
+type Probe<'py> = (Bound<'py, PyArray1<f64>>, f64, f64, f64, f64, usize, bool);
+
+/// Probes of `y` (±1) on the rows of `x`, for each strength one per fold (the rows that `fold` numbers otherwise), or
+/// one of all rows without `fold`; with it, also the held-out decisions, (strengths, rows).
+#[pyfunction]
+fn probe_fit<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    y: PyReadonlyArray1<'py, f64>,
+    strengths: Vec<f64>,
+    squared: bool,
+    balanced: bool,
+    tol: f64,
+    max_iter: usize,
+    fold: Option<PyReadonlyArray1<'py, i64>>,
+) -> PyResult<(Vec<Vec<Probe<'py>>>, Option<Matrix<'py>>)> {
+    let x = Array::extract(x, "x")?;
+    let y = y.as_array().to_vec();
+    let fold = fold.map(|f| f.as_array().to_vec());
+    let options = probe::Options {
+        loss: if squared {
+            probe::Loss::Squared
+        } else {
+            probe::Loss::Logistic
+        },
+        balanced,
+        tol,
+        max_iter,
+    };
+    let count = strengths.len();
+    let (fits, held) = with_dtype!(x.dtype(), T => {
+        let rows = x.rows::<T>()?;
+        run_long(py, None, |cancel| match &fold {
+            None => {
+                let all = vec![(0..rows.rows() as u32).collect()];
+                Ok((probe::fit(&rows, &y, &strengths, &all, &options, cancel)?, None))
+            }
+            Some(fold) => {
+                let (fits, held) = probe::cross_validate(&rows, &y, &strengths, fold, &options, cancel)?;
+                Ok((fits, Some(held)))
+            }
+        })?
+    });
+    let wrap = |f: probe::Fit| {
+        let coef = PyArray1::from_vec(py, f.coef);
+        (
+            coef,
+            f.intercept,
+            f.loss,
+            f.gradient,
+            f.decrement,
+            f.iterations,
+            f.converged,
+        )
+    };
+    let fits = (fits.into_iter())
+        .map(|line| line.into_iter().map(wrap).collect())
+        .collect();
+    let held = held
+        .map(|h| PyArray1::from_vec(py, h).reshape([count, y.len()]))
+        .transpose()?;
+    Ok((fits, held))
+}
+
+/// `x_i·coef + intercept` of every row.
+#[pyfunction]
+fn probe_decision<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    coef: PyReadonlyArray1<'py, f64>,
+    intercept: f64,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let x = Array::extract(x, "x")?;
+    let coef = coef.as_array().to_vec();
+    let found = with_dtype!(x.dtype(), T => {
+        let rows = x.rows::<T>()?;
+        py.detach(|| probe::decision(&rows, &coef, intercept))?
+    });
+    Ok(PyArray1::from_vec(py, found))
+}
+
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyEdit>()?;
     m.add_class::<PyMoments>()?;
+    m.add_function(wrap_pyfunction!(probe_fit, m)?)?;
+    m.add_function(wrap_pyfunction!(probe_decision, m)?)?;
     m.add_function(wrap_pyfunction!(orthonormal, m)?)?;
     m.add_function(wrap_pyfunction!(check_weight, m)?)?;
     m.add_function(wrap_pyfunction!(orthogonalize_leading, m)?)

@@ -74,6 +74,14 @@ from .hooks import Recording, ablating, recording, steering
 from .latent_guard import Beliefs, LatentGuard
 from .model_edit import ModelEditReport, orthogonalize_model_
 from .phrases import ForbiddenPhrases
+from .probe import (
+    LayerProbes,
+    ProbeConvergenceWarning,
+    ProbeCrossValidation,
+    ProbeFit,
+    RefusalProbe,
+    probe_layers,
+)
 from .prompts import Prompt, Prompts
 from .record import Activations, Contrasts, record_prompts, record_to_disk
 from .select import Candidate, DirectionSelection, refusal_scores, select_direction
@@ -124,15 +132,20 @@ __all__ = [
     "Head",
     "HeadAttribution",
     "LatentGuard",
+    "LayerProbes",
     "LinearProbe",
     "MeanCurve",
     "ModelEditReport",
     "OverRefusalSearch",
     "PatternRate",
+    "ProbeConvergenceWarning",
+    "ProbeCrossValidation",
+    "ProbeFit",
     "Prompt",
     "Prompts",
     "Recording",
     "RefusalAwareSplit",
+    "RefusalProbe",
     "RefusalTokens",
     "SafetyPrompt",
     "Threshold",
@@ -175,6 +188,7 @@ __all__ = [
     "orthogonalize_model_",
     "orthonormal_basis",
     "parse_chain_of_note",
+    "probe_layers",
     "project",
     "rank_by_cliff",
     "record_prompts",

@@ -1,6 +1,7 @@
 //! Directions: project, ablate, steer; activations and weights.
 
 pub mod edit;
+pub mod probe;
 pub mod weights;
 
 pub use edit::Edit;
