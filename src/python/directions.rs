@@ -263,6 +263,7 @@ type Probe<'py> = (Bound<'py, PyArray1<f64>>, f64, f64, f64, f64, usize, bool);
 /// Probes of `y` (±1) on the rows of `x`, for each strength one per fold (the rows that `fold` numbers otherwise), or
 /// one of all rows without `fold`; with it, also the held-out decisions, (strengths, rows).
 #[pyfunction]
+#[allow(clippy::too_many_arguments)]
 fn probe_fit<'py>(
     py: Python<'py>,
     x: &Bound<'py, PyAny>,

@@ -828,7 +828,7 @@ impl<R: Element<Acc = R> + Real> Kernel for Substitute<'_, R> {
             let x = self.v[j] / column[0];
             self.v[j] = x;
             for (v, l) in self.v[j + 1..n].iter_mut().zip(&column[1..]) {
-                *v = *v - x * *l;
+                *v -= x * *l;
             }
             start += n - j;
         }
