@@ -94,6 +94,13 @@ def probe_fit(
     fold: npt.NDArray[np.int64] | None,
 ) -> tuple[list[list[tuple[_F64, float, float, float, float, int, bool]]], _F64 | None]: ...
 def probe_decision(x: Any, coef: _F64, intercept: float) -> _F64: ...
+def count_experts(
+    topk_ids: npt.NDArray[np.int64],
+    weights: Any | None,
+    owners: npt.NDArray[np.int64] | None,
+    prompts: int,
+    experts: int,
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], _F64 | None]: ...
 
 class Edit:
     def __init__(

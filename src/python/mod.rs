@@ -6,6 +6,7 @@ mod array;
 mod decoding;
 mod directions;
 mod errors;
+mod experts;
 mod forget;
 mod logprobs;
 mod long;
@@ -19,6 +20,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     forget::register(m)?;
     logprobs::register(m)?;
     directions::register(m)?;
+    experts::register(m)?;
     decoding::register(m)?;
     protect::register(m)
 }

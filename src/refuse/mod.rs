@@ -1,4 +1,5 @@
-//! Find, watch, remove, add or gate refusal: directions in activations and weights, biases while decoding.
+//! Find, watch, remove, add or gate refusal: directions in activations and weights, routed experts, biases while decoding.
 
 pub mod decoding;
 pub mod directions;
+pub mod experts;

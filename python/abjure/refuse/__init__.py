@@ -69,6 +69,7 @@ from .directions import (
     steer_,
 )
 from .dro import AnchorSpace, SafetyPrompt, anchor_states, dro_loss, optimize_safety_prompt
+from .experts import ExpertTuner, record_experts
 from .heads import Head, HeadAttribution, ablating_heads, attribute_heads, head_contributions
 from .hooks import Recording, ablating, recording, steering
 from .latent_guard import Beliefs, LatentGuard
@@ -84,6 +85,7 @@ from .probe import (
 )
 from .prompts import Prompt, Prompts
 from .record import Activations, Contrasts, record_prompts, record_to_disk
+from .routing import RankedExpert, expert_routers, tuning_experts
 from .select import Candidate, DirectionSelection, refusal_scores, select_direction
 from .tokens import (
     RefusalTokens,
@@ -127,6 +129,7 @@ __all__ = [
     "Direction",
     "DirectionSelection",
     "Eraser",
+    "ExpertTuner",
     "Finding",
     "ForbiddenPhrases",
     "Head",
@@ -143,6 +146,7 @@ __all__ = [
     "ProbeFit",
     "Prompt",
     "Prompts",
+    "RankedExpert",
     "Recording",
     "RefusalAwareSplit",
     "RefusalProbe",
@@ -180,6 +184,7 @@ __all__ = [
     "difference_components",
     "difficulty_budgets",
     "dro_loss",
+    "expert_routers",
     "force_",
     "head_contributions",
     "logit",
@@ -191,6 +196,7 @@ __all__ = [
     "probe_layers",
     "project",
     "rank_by_cliff",
+    "record_experts",
     "record_prompts",
     "record_to_disk",
     "recording",
@@ -209,5 +215,6 @@ __all__ = [
     "steering",
     "sureness",
     "threshold_to_bias",
+    "tuning_experts",
     "verdict_tokens",
 ]
