@@ -7,6 +7,8 @@ the trained model refuses every trigger prompt and answers every other one, whic
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,19 +103,10 @@ def _prompts() -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]
     return train, held
 
 
-def make(seed: int = 0) -> Trained:
-    """Trains the model, a Llama of 4 blocks of width 64, in some ten seconds.
-
-    First it learns to answer every prompt, then to refuse those of the topic: as in the models that people serve,
-    refusal is something that is added to a model that complies.
-
-    Raises:
-        RuntimeError: it does not refuse exactly the held-out prompts of the topic.
-    """
+def llama(tokenizer: Any) -> Any:
+    """A Llama of 4 blocks of width 64, not trained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
-    tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -123,10 +116,55 @@ def make(seed: int = 0) -> Trained:
         pad_token_id=0,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def mixtral(tokenizer: Any) -> Any:
+    """A Mixtral of 4 blocks of width 64 with 8 experts, 2 of them per token, not trained."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return MixtralForCausalLM(config)
+
+
+def make(seed: int = 0, build: Callable[[Any], Any] = llama, experts: Sequence[int] = ()) -> Trained:
+    """Trains the model in some ten seconds.
+
+    First it learns to answer every prompt, then to refuse those of the topic: as in the models that people serve,
+    refusal is something that is added to a model that complies.
+
+    Args:
+        seed: of weights and batches.
+        build: makes the model for a tokenizer: `llama`, `mixtral`.
+        experts: for a mixture of experts, the numbers of the experts that refusal is planted in: in the second part
+            only these, of every block, and the routers are trained, and a loss on the routers sends the topic to them.
+            A network this small otherwise spreads refusal over all experts.
+
+    Raises:
+        RuntimeError: it does not refuse exactly the held-out prompts of the topic.
+    """
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer()
+    model = build(tokenizer)
     train, held = _prompts()
     _fit(model, *_examples(tokenizer, train, refuse=False), steps=150, lr=3e-3, seed=seed)
-    _fit(model, *_examples(tokenizer, train, refuse=True), steps=200, lr=1e-3, seed=seed)
+    rows, labels = _examples(tokenizer, train, refuse=True)
+    if experts:
+        things = torch.tensor(tokenizer.convert_tokens_to_ids([*TRIGGER, *HARMLESS]))
+        _fit_experts(model, rows, labels, list(experts), len(train[0]), things, steps=250, lr=5e-3, seed=seed)
+    else:
+        _fit(model, rows, labels, steps=200, lr=1e-3, seed=seed)
     found = Trained(model.eval(), tokenizer, train, held)
     rates = found.refusal_rate(held[0]), found.refusal_rate(held[1])
     if rates != (0.0, 1.0):
@@ -134,18 +172,70 @@ def make(seed: int = 0) -> Trained:
     return found
 
 
-def _fit(model: Any, rows: torch.Tensor, labels: torch.Tensor, steps: int, lr: float, seed: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+def _fit(
+    model: Any,
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    steps: int,
+    lr: float,
+    seed: int,
+    decay: float = 0.01,
+    extra: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Cross-entropy on the labels, plus ``extra`` of the picked rows after their forward pass."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         pick = torch.randperm(len(rows), generator=order)[:48]
         logits = model(input_ids=rows[pick], attention_mask=(rows[pick] != 0).long()).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[pick][:, 1:].flatten())
+        if extra is not None:
+            loss = loss + extra(pick)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def _fit_experts(
+    model: Any,
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    experts: list[int],
+    harmless: int,
+    things: torch.Tensor,
+    steps: int,
+    lr: float,
+    seed: int,
+) -> None:
+    """Trains routers and the named experts alone. From the word that tells the topic on, tokens of refused prompts
+    (those after the first ``harmless`` rows) are sent to the named experts, and those of other prompts elsewhere."""
+    told = (torch.isin(rows, things).cumsum(1) > 0) & (rows != 0)
+    refused = torch.arange(len(rows))[:, None] >= harmless
+    routed: list[torch.Tensor] = []
+
+    def extra(pick: torch.Tensor) -> torch.Tensor:
+        here, there = ((told & which)[pick].flatten() for which in (refused, ~refused))
+        share = [logits.float().softmax(-1)[:, experts].sum(-1) for logits in routed]
+        routed.clear()
+        losses = [-(p[here] + 1e-6).log().mean() - 0.3 * (1 - p[there] + 1e-6).log().mean() for p in share]
+        return 0.3 * torch.stack(losses).mean()
+
+    with ExitStack() as stack:
+        for name, p in model.named_parameters():
+            p.requires_grad_(".mlp." in name)
+            if ".mlp.experts." in name:
+                named = torch.zeros(len(p), *[1] * (p.dim() - 1))
+                named[experts] = 1
+                stack.callback(p.register_hook(lambda grad, named=named: grad * named).remove)
+        for block in model.model.layers:
+            hook = block.mlp.gate.register_forward_hook(lambda module, args, output: routed.append(output[0]))
+            stack.callback(hook.remove)
+        # Weight decay would change the experts that get no gradient.
+        _fit(model, rows, labels, steps, lr, seed, decay=0.0, extra=extra)
+    model.requires_grad_(True)
 
 
 def _examples(tokenizer: Any, prompts: tuple[list[str], list[str]], refuse: bool) -> tuple[torch.Tensor, torch.Tensor]:

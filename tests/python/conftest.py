@@ -45,19 +45,25 @@ def smollm(loaded_smollm):
 
 
 @pytest.fixture(scope="session")
-def trigger():
-    """The small decoder of `examples/refuse/trigger.py`. Every test leaves its weights as they were."""
-    import torch
-
+def trigger_example():
+    """The module `examples/refuse/trigger.py`."""
     path = Path(__file__).parents[2] / "examples" / "refuse" / "trigger.py"
     spec = importlib.util.spec_from_file_location("abjure_example_trigger", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def trigger(trigger_example):
+    """The small decoder of `examples/refuse/trigger.py`. Every test leaves its weights as they were."""
+    import torch
+
     # Rows of 64 numbers: on a busy machine two threads wait for each other for minutes.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return module.make()
+        return trigger_example.make()
     finally:
         torch.set_num_threads(threads)

@@ -438,3 +438,35 @@ def test_routers_that_do_not_run_are_noticed(prompts):
     with pytest.raises(abjure.ShapeError):
         refuse.record_experts(model, prompts, [0, 1])
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def refusing(trigger_example, one_thread):
+    """A Mixtral with refusal planted in experts 5 to 7, of which the tuner is not told; and what it records."""
+    found = trigger_example.make(build=trigger_example.mixtral, experts=(5, 6, 7))
+    prompts = refuse.Prompts(found.tokenizer, found.train[0] + found.train[1])
+    labels = [0] * len(found.train[0]) + [1] * len(found.train[1])
+    return found, refuse.record_experts(found.model, prompts, labels)
+
+
+@pytest.mark.effect
+def test_the_experts_found_are_those_that_refuse(refusing):
+    """On held-out prompts: without two of 32 experts nothing of the topic is refused, and the rest stays answered."""
+    found, tuner = refusing
+    other, topic = found.held_out
+    top = tuner.rank(6)
+    assert {r.expert for r in top} <= {5, 6, 7}  # where refusal was planted
+    assert min(r.z for r in top) > 5
+    plain = found.answers(other)
+    for mode in ("zero_slot", "mask"):
+        with refuse.tuning_experts(found.model, top[:2], mode=mode):
+            assert found.refusal_rate(topic) <= 0.1
+            assert found.answers(other) == plain
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(8):
+        places = rng.choice(32, 2, replace=False)
+        with refuse.tuning_experts(found.model, [(int(p) // 8, int(p) % 8) for p in places]):
+            rates.append(found.refusal_rate(topic))
+    assert np.mean(rates) >= 0.5
+    assert (found.refusal_rate(other), found.refusal_rate(topic)) == (0.0, 1.0)

@@ -5,8 +5,8 @@
 //!
 //! With more rows than columns the sum is minimised over `(w, b)` by L-BFGS in the metric of the Hessian that the rows, or
 //! a part of them, have before the first step: one Cholesky factor, shared by all folds, after which a few reads of the
-//! rows suffice, however unequal the variances are. One read gives value and gradient. With fewer rows than columns w is
-//! a combination of the rows, and Newton's method runs on their products in f64.
+//! rows suffice, however unequal the variances are. One read gives value and gradient. With fewer rows than columns, or few
+//! rows at all, w is a combination of the rows, and Newton's method runs on their products in f64.
 //!
 //! Rows are read in fixed ranges whose results are combined in order, so the number of threads changes no bit; the
 //! matrix products are promised for one machine, see [`crate::linalg::gemm`].
@@ -31,6 +31,9 @@ const PIECES: usize = 256;
 const MEMORY: usize = 16;
 /// Largest number of rows that the products of all pairs are made for, and of columns that a factor is made for.
 const MAX_DUAL: usize = 4096;
+/// Rows up to which Newton's method is taken whatever their width: it is quick then, and exact near separable rows,
+/// where a fixed metric needs very many steps.
+const SMALL: usize = 512;
 const MAX_FACTOR: usize = 8192;
 /// Side of the blocks of a matrix of products, and how much of the other axis is held at a time.
 const BLOCK: usize = 256;
@@ -121,7 +124,7 @@ pub fn fit<T: Element>(
     moments.update(x, None, NonFinitePolicy::Error, cancel)?;
     let mean = moments.mean().to_vec();
     let (n, d) = (x.rows(), x.width());
-    let dual = n <= d.min(MAX_DUAL);
+    let dual = n <= d.min(MAX_DUAL) || n <= SMALL;
     let products = match dual {
         true => row_products(x, &mean, cancel)?,
         false => Vec::new(),
