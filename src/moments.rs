@@ -6,24 +6,27 @@
 
 use crate::cancel::Cancel;
 use crate::element::{Element, Real};
+use crate::linalg::gemm::{self, Mat, Out};
 use crate::simd::{Kernel, dispatch, prefetch};
 use crate::view::Rows;
 use crate::{Error, Result, par};
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use std::collections::VecDeque;
 use std::ops::Range;
 
 /// Rows per partial sum.
 const CHUNK: usize = 256;
 /// Rows added to a sum at once.
-const GROUP: usize = 4;
+const GROUP: usize = 8;
 /// Elements looked at together, and how far ahead of them memory is asked for.
 const PART: usize = 128;
 const AHEAD: usize = 2048;
 /// Centred rows held in f64 for one round of matrix products.
 const SLAB: usize = 512;
-/// Side of the blocks that the second moments are computed in.
+/// Columns of a block of centred rows, and the elements from one of its rows to the next.
 const BLOCK: usize = 256;
+const PITCH: usize = BLOCK + 8;
+/// Rows of second moments that are one piece of work; divides [`BLOCK`].
+const STRIP: usize = 128;
 
 /// What to do with a row that holds a NaN or an infinity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,12 +38,20 @@ pub enum NonFinitePolicy {
 }
 
 /// Count, mean and second moments of the rows seen so far.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Moments {
     width: usize,
     weight: f64,
     mean: Vec<f64>,
+    /// `width × width`, of which only the lower triangle counts: what lies above it is not kept up.
     second: Option<Vec<f64>>,
+}
+
+impl PartialEq for Moments {
+    fn eq(&self, other: &Self) -> bool {
+        (self.width, self.weight, &self.mean) == (other.width, other.weight, &other.mean)
+            && self.second() == other.second()
+    }
 }
 
 impl Moments {
@@ -54,7 +65,7 @@ impl Moments {
         }
     }
 
-    /// Moments from their stored parts.
+    /// Moments from their stored parts; of `second` the lower triangle is read.
     ///
     /// # Errors
     /// `Shape` if the lengths do not fit, `Value` if the weight is negative or not finite.
@@ -95,9 +106,16 @@ impl Moments {
         &self.mean
     }
 
-    /// `Σ w (x − mean)(x − mean)ᵀ`, `width × width`, if asked for.
-    pub fn second(&self) -> Option<&[f64]> {
-        self.second.as_deref()
+    /// Whether second moments were asked for.
+    pub fn has_second(&self) -> bool {
+        self.second.is_some()
+    }
+
+    /// `Σ w (x − mean)(x − mean)ᵀ`, `width × width` and symmetric, if asked for.
+    pub fn second(&self) -> Option<Vec<f64>> {
+        self.second
+            .as_ref()
+            .map(|lower| mirrored(lower, self.width))
     }
 
     /// Adds rows, each with its weight (1 without `weights`; rows of weight 0 are not looked at). Returns how many were
@@ -151,12 +169,17 @@ impl Moments {
                 Some(_) => Some(scatter(x, &used, &mean, cancel)?),
                 None => None,
             };
-            self.merge(&Self {
+            let batch = Self {
                 width: self.width,
                 weight: total.weight,
                 mean,
                 second,
-            })?;
+            };
+            if self.weight == 0.0 {
+                *self = batch;
+            } else {
+                self.merge(&batch)?;
+            }
         }
         Ok(skipped)
     }
@@ -184,6 +207,10 @@ impl Moments {
         if other.weight == 0.0 {
             return Ok(());
         }
+        if self.weight == 0.0 {
+            self.clone_from(other);
+            return Ok(());
+        }
         let delta: Vec<f64> = other
             .mean
             .iter()
@@ -192,16 +219,17 @@ impl Moments {
             .collect();
         if let (Some(c), Some(b)) = (&mut self.second, &other.second) {
             let factor = self.weight / weight * other.weight;
-            for (i, (c, b)) in c
-                .chunks_exact_mut(self.width)
-                .zip(b.chunks_exact(self.width))
-                .enumerate()
-            {
-                // The product of the two differences first: it is the same both ways round, and the matrix symmetric.
-                for ((c, b), e) in c.iter_mut().zip(b).zip(&delta) {
-                    *c += b + factor * (delta[i] * e);
-                }
-            }
+            let d = self.width;
+            let rows = c.chunks_mut(d).zip(b.chunks(d)).enumerate().collect();
+            par::for_each(
+                8 * d * d,
+                rows,
+                |(i, (c, b)): (usize, (&mut [f64], &[f64]))| {
+                    for ((c, b), e) in c[..=i].iter_mut().zip(b).zip(&delta) {
+                        *c += b + factor * (delta[i] * e);
+                    }
+                },
+            );
         }
         let share = other.weight / weight;
         self.mean
@@ -269,76 +297,86 @@ impl<T: Element> Kernel for ChunkSum<'_, T> {
     #[inline(always)]
     fn run(self) -> Sum {
         let width = self.x.width();
+        let weight = |i: usize| self.weights.map_or(1.0, |w| w[i]);
+        let all = self.rows.map(|i| (i, weight(i))).filter(|(_, w)| *w > 0.0);
         let mut out = Sum {
             weight: 0.0,
             sum: vec![0.0; width],
-            used: Vec::with_capacity(self.rows.len()),
+            used: all.collect(),
             skipped: 0,
             first_bad: None,
         };
-        for i in self.rows {
-            let weight = self.weights.map_or(1.0, |w| w[i]);
-            if weight == 0.0 {
-                continue;
-            }
-            let row = self.x.row(i);
-            if non_finite(row) == 0 {
-                out.used.push((i, weight));
-                out.weight += weight;
-                // Right after the check, while the rows are in the cache.
-                if out.used.len().is_multiple_of(GROUP) {
-                    let last = out.used.len() - GROUP;
-                    add_rows(&mut out.sum, self.x, &out.used[last..]);
-                }
-                continue;
-            }
-            out.skipped += 1;
-            let bad = row.iter().position(|v| !v.finite()).unwrap_or(0);
-            out.first_bad
-                .get_or_insert((i * width + bad, row[bad].load().to_f64()));
+        out.add(self.x, self.weights.is_some());
+        // A row that is not finite makes the sum so: only then is it worth looking for.
+        if out.sum.iter().all(|s| s.is_finite()) {
+            return out;
         }
-        let rest = out.used.len() % GROUP;
-        if rest > 0 {
-            let last = out.used.len() - rest;
-            add_rows(&mut out.sum, self.x, &out.used[last..]);
-        }
+        let (skipped, first_bad) = (&mut out.skipped, &mut out.first_bad);
+        out.used.retain(|(i, _)| {
+            let row = self.x.row(*i);
+            let Some(bad) = row.iter().position(|v| !v.finite()) else {
+                return true;
+            };
+            *skipped += 1;
+            first_bad.get_or_insert((i * width + bad, row[bad].load().to_f64()));
+            false
+        });
+        out.sum.fill(0.0);
+        out.weight = 0.0;
+        out.add(self.x, self.weights.is_some());
         out
     }
 }
 
-#[inline(always)]
-fn non_finite<T: Element>(row: &[T]) -> u32 {
-    let mut bad = 0;
-    for part in row.chunks(PART) {
-        prefetch(part, AHEAD, PART);
-        bad += part.iter().map(|v| u32::from(!v.finite())).sum::<u32>();
+impl Sum {
+    /// Adds the rows in `used`, [`GROUP`] at a time; a short group repeats its first row with weight zero.
+    #[inline(always)]
+    fn add<T: Element>(&mut self, x: &Rows<'_, T>, weighted: bool) {
+        let width = self.sum.len();
+        for group in self.used.chunks(GROUP) {
+            let (mut rows, mut weights) = ([&x.row(group[0].0)[..width]; GROUP], [0.0; GROUP]);
+            for (k, (i, weight)) in group.iter().enumerate() {
+                rows[k] = &x.row(*i)[..width];
+                weights[k] = *weight;
+                self.weight += weight;
+            }
+            let parts = self.sum.chunks_mut(PART).zip((0..width).step_by(PART));
+            if weighted || group.len() < GROUP {
+                for (sum, start) in parts {
+                    add_part(sum, &rows, start, |k, v| weights[k] * v);
+                }
+            } else {
+                for (sum, start) in parts {
+                    add_part(sum, &rows, start, |_, v| v);
+                }
+            }
+        }
     }
-    bad
 }
 
-/// Adds up to [`GROUP`] rows with their weights; a short group repeats its first row with weight zero.
 #[inline(always)]
-fn add_rows<T: Element>(sum: &mut [f64], x: &Rows<'_, T>, used: &[(usize, f64)]) {
-    let width = sum.len();
-    let (mut rows, mut weights) = ([&x.row(used[0].0)[..width]; GROUP], [0.0; GROUP]);
-    for (k, (i, weight)) in used.iter().enumerate() {
-        rows[k] = &x.row(*i)[..width];
-        weights[k] = *weight;
-    }
-    add_group(sum, &rows, &weights);
-}
-
-#[inline(always)]
-fn add_group<T: Element>(sum: &mut [f64], rows: &[&[T]; GROUP], w: &[f64; GROUP]) {
+fn add_part<T: Element>(
+    sum: &mut [f64],
+    rows: &[&[T]; GROUP],
+    start: usize,
+    term: impl Fn(usize, f64) -> f64,
+) {
     let n = sum.len();
-    let [a, b, c, d] = rows.map(|r| &r[..n]);
+    let parts = rows.map(|r| &r[start..start + n]);
+    for row in rows {
+        prefetch(&row[start..], AHEAD, n);
+    }
+    let [a, b, c, d, e, f, g, h] = parts;
     for (j, s) in sum.iter_mut().enumerate() {
-        let x = [a[j], b[j], c[j], d[j]].map(|v| v.load().to_f64());
-        *s += (w[0] * x[0] + w[1] * x[1]) + (w[2] * x[2] + w[3] * x[3]);
+        let x = |k: usize, row: &[T]| term(k, row[j].load().to_f64());
+        let low = (x(0, a) + x(1, b)) + (x(2, c) + x(3, d));
+        let high = (x(4, e) + x(5, f)) + (x(6, g) + x(7, h));
+        *s += low + high;
     }
 }
 
-/// `Σ w (x − mean)(x − mean)ᵀ` over the rows in `used`.
+/// Lower triangle of `Σ w (x − mean)(x − mean)ᵀ` over the rows in `used`; what lies above it stays zero up to the block
+/// on the diagonal, which is computed whole.
 fn scatter<T: Element>(
     x: &Rows<'_, T>,
     used: &[(usize, f64)],
@@ -347,50 +385,114 @@ fn scatter<T: Element>(
 ) -> Result<Vec<f64>> {
     let d = mean.len();
     let mut out = vec![0.0; d * d];
-    let blocks = par::ranges(d, BLOCK);
-    let pairs: Vec<(Range<usize>, Range<usize>)> = (blocks.iter().enumerate())
-        .flat_map(|(i, rows)| blocks[..=i].iter().map(|cols| (rows.clone(), cols.clone())))
-        .collect();
+    let depth = SLAB.min(used.len());
+    // Column blocks one after another, each `depth` rows of `PITCH`: the products read them without strides of a page.
+    let mut centred = vec![0.0; d.div_ceil(BLOCK) * depth * PITCH];
     for slab in used.chunks(SLAB) {
         cancel.check()?;
-        let centred: Vec<f64> = par::map(slab.len() * d * 8, slab.to_vec(), |(i, w)| {
-            let root = w.sqrt();
-            let row = x.row(i).iter().zip(mean);
-            row.map(|(v, m)| root * (v.load().to_f64() - m))
-                .collect::<Vec<f64>>()
-        })
-        .concat();
-        let z = MatRef::from_row_major_slice(&centred, slab.len(), d);
-        let products = par::map(usize::MAX, pairs.clone(), |(rows, cols)| {
-            let mut block = vec![0.0; rows.len() * cols.len()];
-            matmul(
-                MatMut::from_row_major_slice_mut(&mut block, rows.len(), cols.len()),
-                Accum::Replace,
-                z.subcols(rows.start, rows.len()).transpose(),
-                z.subcols(cols.start, cols.len()),
-                1.0,
-                Par::Seq,
-            );
-            block
-        });
-        for ((rows, cols), block) in pairs.iter().zip(&products) {
-            for (i, line) in rows.clone().zip(block.chunks_exact(cols.len())) {
-                let to = &mut out[i * d + cols.start..i * d + cols.end];
-                to.iter_mut().zip(line).for_each(|(o, b)| *o += b);
+        centre(x, slab, mean, &mut centred, depth);
+        let block = |start: usize, cols: usize| {
+            let at = start / BLOCK * depth * PITCH + start % BLOCK;
+            Mat::strided(&centred[at..], slab.len(), cols, PITCH)
+        };
+        par::for_each(usize::MAX, folded(&mut out, STRIP * d), |strips| {
+            for (i, strip) in strips {
+                let (start, height) = (i * STRIP, strip.len() / d);
+                for left in (0..start + height).step_by(BLOCK) {
+                    let cols = (start + height - left).min(BLOCK);
+                    let to = Out {
+                        data: &mut strip[left..],
+                        stride: d,
+                        add: true,
+                    };
+                    gemm::at_b(to, block(start, height), block(left, cols));
+                }
             }
-        }
+        });
     }
-    mirror(&mut out, d);
     Ok(out)
 }
 
-/// Copies the lower triangle to the upper one.
-fn mirror(a: &mut [f64], d: usize) {
-    for i in 0..d {
-        for j in 0..i {
-            a[j * d + i] = a[i * d + j];
+/// Pieces of `step` elements with their indices, the last with the first and so on inwards: in a triangle the two
+/// together are as much work as any other two.
+fn folded(a: &mut [f64], step: usize) -> Vec<Vec<(usize, &mut [f64])>> {
+    let mut pieces: VecDeque<_> = a.chunks_mut(step).enumerate().collect();
+    let mut items = Vec::with_capacity(pieces.len().div_ceil(2));
+    while let Some(last) = pieces.pop_back() {
+        items.push(std::iter::once(last).chain(pieces.pop_front()).collect());
+    }
+    items
+}
+
+/// `√w (x − mean)` of the rows in `slab`, in column blocks of `depth` rows of `PITCH`.
+fn centre<T: Element>(
+    x: &Rows<'_, T>,
+    slab: &[(usize, f64)],
+    mean: &[f64],
+    to: &mut [f64],
+    depth: usize,
+) {
+    let blocks: Vec<(usize, &mut [f64])> = to.chunks_mut(depth * PITCH).enumerate().collect();
+    par::for_each(slab.len() * mean.len() * 8, blocks, |(b, to)| {
+        let cols = b * BLOCK..(b * BLOCK + BLOCK).min(mean.len());
+        dispatch(Centre {
+            x,
+            slab,
+            mean: &mean[cols.clone()],
+            first: cols.start,
+            to,
+        });
+    });
+}
+
+struct Centre<'a, T> {
+    x: &'a Rows<'a, T>,
+    slab: &'a [(usize, f64)],
+    mean: &'a [f64],
+    first: usize,
+    to: &'a mut [f64],
+}
+
+impl<T: Element> Kernel for Centre<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let n = self.mean.len();
+        for ((i, weight), to) in self.slab.iter().zip(self.to.chunks_exact_mut(PITCH)) {
+            let root = weight.sqrt();
+            let row = &self.x.row(*i)[self.first..][..n];
+            for ((to, v), m) in to[..n].iter_mut().zip(row).zip(self.mean) {
+                *to = root * (v.load().to_f64() - m);
+            }
         }
     }
+}
+
+/// The symmetric matrix whose lower triangle is given.
+fn mirrored(lower: &[f64], d: usize) -> Vec<f64> {
+    const TILE: usize = 32;
+    let mut out = vec![0.0; d * d];
+    let bytes = size_of_val(lower);
+    par::for_each(
+        bytes,
+        out.chunks_mut(TILE * d).enumerate().collect(),
+        |(b, strip): (usize, &mut [f64])| {
+            let first = b * TILE;
+            for (r, line) in strip.chunks_exact_mut(d).enumerate() {
+                let i = first + r;
+                line[..=i].copy_from_slice(&lower[i * d..][..=i]);
+            }
+            for left in (first..d).step_by(TILE) {
+                for (r, line) in strip.chunks_exact_mut(d).enumerate() {
+                    let cols = left.max(first + r + 1)..(left + TILE).min(d);
+                    for j in cols {
+                        line[j] = lower[j * d + first + r];
+                    }
+                }
+            }
+        },
+    );
+    out
 }
 
 #[cfg(test)]
@@ -424,14 +526,14 @@ mod tests {
         let mut a = of(&[1.0, 2.0, 3.0, 5.0, 4.0, 1.0], 2, true);
         let c = [14.0 / 3.0, -1.0 / 3.0, -1.0 / 3.0, 26.0 / 3.0];
         assert!(close(a.mean(), &[8.0 / 3.0, 8.0 / 3.0], 1e-15));
-        assert!(close(a.second().unwrap(), &c, 1e-14));
+        assert!(close(&a.second().unwrap(), &c, 1e-14));
         let b = of(&[2.0, 0.0, 6.0, 3.0], 2, true);
         assert!(close(b.mean(), &[4.0, 1.5], 1e-15));
-        assert!(close(b.second().unwrap(), &[8.0, 6.0, 6.0, 4.5], 1e-14));
+        assert!(close(&b.second().unwrap(), &[8.0, 6.0, 6.0, 4.5], 1e-14));
         a.merge(&b).unwrap();
         assert_eq!(a.weight(), 5.0);
         assert!(close(a.mean(), &[3.2, 2.2], 1e-15));
-        assert!(close(a.second().unwrap(), &[14.8, 3.8, 3.8, 14.8], 1e-14));
+        assert!(close(&a.second().unwrap(), &[14.8, 3.8, 3.8, 14.8], 1e-14));
     }
 
     #[test]

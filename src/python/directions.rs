@@ -219,8 +219,10 @@ impl PyMoments {
     #[getter]
     fn second<'py>(&self, py: Python<'py>) -> PyResult<Option<Matrix<'py>>> {
         let d = self.0.width();
-        let shaped = |s| PyArray1::from_slice(py, s).reshape([d, d]);
-        self.0.second().map(shaped).transpose()
+        let second = py.detach(|| self.0.second());
+        second
+            .map(|s| PyArray1::from_vec(py, s).reshape([d, d]))
+            .transpose()
     }
 
     /// Adds rows; returns how many were skipped as non-finite.
@@ -241,7 +243,7 @@ impl PyMoments {
         with_dtype!(x.dtype(), T => {
             let rows = x.rows::<T>()?;
             let moments = &mut self.0;
-            if moments.second().is_none() {
+            if !moments.has_second() {
                 return Ok(py.detach(|| moments.update(&rows, weights.as_deref(), policy, &Cancel::new()))?);
             }
             run_long(py, None, |cancel| moments.update(&rows, weights.as_deref(), policy, cancel))
