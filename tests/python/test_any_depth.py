@@ -241,33 +241,6 @@ def replies(trigger, group):
     return pairs, [0] * len(texts[0]) + [1] * len(texts[1])
 
 
-def test_the_logistic_fit_of_the_reference():
-    from abjure.refuse._logistic import fit_logistic
-
-    x = np.array([[1, 0.5], [2, -0.5], [0, 1.5], [-1, 0], [-2, -1], [0.5, -0.5]])
-    w, b = fit_logistic(x, [1, 1, 1, 0, 0, 0])
-    np.testing.assert_allclose(w, [0.876919446146, 0.740336387522], rtol=0, atol=1e-11)
-    assert b == pytest.approx(-0.203214804794, abs=1e-11)
-    # Fractions and weights: at the minimiser the gradient vanishes.
-    rng = np.random.default_rng(0)
-    x, t = rng.standard_normal((50, 6)) + 30, rng.random(50)
-    for targets, balanced in ((t, False), ((t > 0.8).astype(float), True)):
-        w, b = fit_logistic(x, targets, 3.0, balanced=balanced)
-        p, n1 = 1 / (1 + np.exp(-x @ w - b)), targets.sum()
-        s = 3.0 * (np.where(targets == 1, 25 / n1, 25 / (50 - n1)) if balanced else 1)
-        np.testing.assert_allclose(w + x.T @ (s * (p - targets)), 0, atol=1e-9)
-        assert abs((s * (p - targets)).sum()) < 1e-7
-    for bad, error in [
-        ((x, t[:3]), abjure.ShapeError),
-        ((x, t + 1), abjure.ArgumentError),
-        ((x, t * 0), abjure.DegenerateError),
-        ((x * math.nan, t), abjure.NonFiniteError),
-        ((x, t, math.inf), abjure.ArgumentError),
-    ]:
-        with pytest.raises(error):
-            fit_logistic(*bad)
-
-
 @pytest.fixture(scope="module")
 def fitted(trigger):
     pairs, labels = replies(trigger, "train")

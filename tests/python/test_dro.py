@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -25,6 +26,31 @@ def space_of(d=7, m=3, seed=0):
     states = rng.standard_normal((60, d)) * np.linspace(3, 0.5, d) + 2
     harmless = (states[:, 0] > 2).astype(int)
     return refuse.AnchorSpace.fit(states, rng.random(60), harmless, m)
+
+
+def test_the_logistic_fit_of_the_reference():
+    from abjure.refuse._logistic import fit_logistic
+
+    x = np.array([[1, 0.5], [2, -0.5], [0, 1.5], [-1, 0], [-2, -1], [0.5, -0.5]])
+    w, b = fit_logistic(x, [1, 1, 1, 0, 0, 0])
+    np.testing.assert_allclose(w, [0.876919446146, 0.740336387522], rtol=0, atol=1e-11)
+    assert b == pytest.approx(-0.203214804794, abs=1e-11)
+    # Fractions: at the minimiser the gradient vanishes.
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((50, 6)) + 30, rng.random(50)
+    w, b = fit_logistic(x, t, 3.0)
+    p = 1 / (1 + np.exp(-x @ w - b))
+    np.testing.assert_allclose(w + x.T @ (3.0 * (p - t)), 0, atol=1e-9)
+    assert abs(3.0 * (p - t).sum()) < 1e-7
+    for bad, error in [
+        ((x, t[:3]), abjure.ShapeError),
+        ((x, t + 1), abjure.ArgumentError),
+        ((x, t * 0), abjure.DegenerateError),
+        ((x * math.nan, t), abjure.NonFiniteError),
+        ((x, t, math.inf), abjure.ArgumentError),
+    ]:
+        with pytest.raises(error):
+            fit_logistic(*bad)
 
 
 def test_the_loss_is_that_of_its_parts_with_an_explicit_complement():
@@ -278,6 +304,12 @@ def test_the_same_seed_gives_the_same_prompt(trigger):
 
 def test_the_model_is_left_as_it_was(trigger, monkeypatch):
     model = trigger.model
+
+    def hooks():
+        """Of each module; transformers leaves some of its own in a model that was asked for all hidden states."""
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+    before = hooks()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     first, second, *_ = model.parameters()
@@ -311,7 +343,7 @@ def test_the_model_is_left_as_it_was(trigger, monkeypatch):
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert p.grad is None if grad is None else torch.equal(p.grad, grad)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks() == before
 
 
 def test_save_load_and_what_is_shown(trigger, prompt, tmp_path):

@@ -9,14 +9,13 @@ import numpy as np
 from ..errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
 
 
-def fit_logistic(x: Any, targets: Any, C: float = 1.0, *, balanced: bool = False) -> tuple[Any, float]:
-    """Minimiser of ``½‖w‖² + C Σ s_i BCE(x_i · w + b, t_i)``, the intercept b free, by L-BFGS in float64.
+def fit_logistic(x: Any, targets: Any, C: float = 1.0) -> tuple[Any, float]:
+    """Minimiser of ``½‖w‖² + C Σ BCE(x_i · w + b, t_i)``, the intercept b free, by L-BFGS in float64.
 
     Args:
         x: ``(n, d)``.
         targets: ``(n,)`` in [0, 1].
         C: inverse strength of the penalty, above 0 and finite: without one separable data have no minimiser.
-        balanced: weights ``s = n / (2 n_c)`` per class; the targets must be 0 and 1 then.
 
     Returns:
         w ``(d,)`` float64 and b.
@@ -38,14 +37,9 @@ def fit_logistic(x: Any, targets: Any, C: float = 1.0, *, balanced: bool = False
         raise ArgumentError(f"C: expected a finite number above 0, got {C}")
     if t.max() == 0 or t.min() == 1:
         raise DegenerateError(f"targets: expected both classes, got {t[0]:g} only")
-    weight = np.ones_like(t)
-    if balanced:
-        if not np.isin(t, (0, 1)).all():
-            raise ArgumentError("targets: balanced weights need 0 and 1")
-        weight = len(t) / 2 / np.where(t == 1, t.sum(), len(t) - t.sum())
     # About the mean the intercept and the weights hardly interact; the free intercept takes the shift up exactly.
     mean = rows.mean(0)
-    a, y, s = (torch.from_numpy(np.ascontiguousarray(v)) for v in (rows - mean, t, weight * C / len(t)))
+    a, y = (torch.from_numpy(np.ascontiguousarray(v)) for v in (rows - mean, t))
     with torch.enable_grad():  # type: ignore[no-untyped-call]
         w = torch.zeros(a.shape[1], dtype=torch.float64, requires_grad=True)
         b = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -62,22 +56,22 @@ def fit_logistic(x: Any, targets: Any, C: float = 1.0, *, balanced: bool = False
         def loss() -> Any:
             search.zero_grad()
             each = torch.nn.functional.binary_cross_entropy_with_logits(a @ w + b, y, reduction="none")
-            value = w.dot(w) / (2 * len(y)) + (s * each).sum()
+            value = w.dot(w) / (2 * len(y)) + C * each.mean()
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
         search.step(loss)  # type: ignore[no-untyped-call]
     found = np.append(w.detach().numpy(), float(b.detach()))
     if len(found) <= 512:
-        found = _polished(found, np.column_stack([rows - mean, np.ones(len(t))]), t, weight * C)
+        found = _polished(found, np.column_stack([rows - mean, np.ones(len(t))]), t, C)
     return found[:-1], float(found[-1] - found[:-1] @ mean)
 
 
-def _polished(found: Any, a: Any, t: Any, s: Any) -> Any:
+def _polished(found: Any, a: Any, t: Any, C: float) -> Any:
     """Newton steps from where the line search can no longer tell two losses apart."""
     ridge = np.append(np.ones(len(found) - 1), 0.0)
     for _ in range(3):
         p = 0.5 + 0.5 * np.tanh(a @ found / 2)
-        hessian = (a * (s * p * (1 - p))[:, None]).T @ a + np.diag(ridge)
-        found = found - np.linalg.lstsq(hessian, ridge * found + a.T @ (s * (p - t)), rcond=None)[0]
+        hessian = (a * (C * p * (1 - p))[:, None]).T @ a + np.diag(ridge)
+        found = found - np.linalg.lstsq(hessian, ridge * found + a.T @ (C * (p - t)), rcond=None)[0]
     return found

@@ -23,11 +23,11 @@ from .._files import reading, write_atomically
 from .._interop import integers
 from .._modes import evaluating
 from ..errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
-from ._logistic import fit_logistic
 from .blocks import select_modules
 from .calibrate import Threshold, calibrate_threshold
 from .directions import Site, Vector, single_vector
 from .hooks import _attached, _on_input, _on_output, check_site
+from .probe import RefusalProbe
 from .prompts import _MARK, Prompts
 from .record import _inner, binary_labels, run_device
 
@@ -422,7 +422,7 @@ class _Read(Exception):
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Logistic probe ``sigmoid(x · coef + intercept)``, as :meth:`AnyDepthGuard.fit` makes it.
+    """Logistic probe ``sigmoid(x · coef + intercept)`` from its numbers alone, as :meth:`AnyDepthGuard.load` reads it.
 
     Attributes:
         coef: ``(d,)`` float64.
@@ -549,15 +549,15 @@ class AnyDepthGuard(_AnyDepth):
 
         Args:
             labels: per conversation, 1 for harmful replies, 0 for harmless ones.
-            C, class_weight: of the logistic regression, ``½‖w‖² + C Σ log(1 + exp(−y z))``.
+            C, class_weight: of the :class:`RefusalProbe`.
             options: further arguments of the class. Others as in :meth:`states`.
 
         Raises:
             As :meth:`states`. ShapeError, ArgumentError: labels that do not fit.
             DegenerateError: the replies of one class are missing.
         """
-        if class_weight not in (None, "balanced"):
-            raise ArgumentError(f"class_weight: expected None or 'balanced', got {class_weight!r}")
+        block = layer if isinstance(layer, int) else None
+        probe = RefusalProbe(C=C, class_weight=class_weight, layer=block, site=site)
         pairs = list(conversations)
         values = binary_labels(labels, len(pairs))
         if values.min() == values.max():
@@ -578,8 +578,7 @@ class AnyDepthGuard(_AnyDepth):
         y = values[found.conversation]
         if y.min() == y.max():
             raise DegenerateError(f"labels: only class {y[0]} has replies of {min(depths)} tokens or more")
-        probe = LinearProbe(*fit_logistic(found.x, y, C, balanced=class_weight == "balanced"))
-        return cls(probe, found.header_ids, layer, site=site, blocks=blocks, **options)
+        return cls(probe.fit(found.x, y), found.header_ids, layer, site=site, blocks=blocks, **options)
 
     def look(self, model: nn.Module, contexts: Sequence[Sequence[int]]) -> Vector:
         """Probability of a harmful reply behind each context, ``(n,)`` float64: one pass over all of them.
