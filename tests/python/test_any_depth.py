@@ -261,6 +261,7 @@ def fitted(trigger):
 def test_states_are_those_of_each_context_alone(trigger):
     pairs, _ = replies(trigger, "held_out")
     pairs = [pairs[0], (pairs[-1][0], "here is")]
+    plain = copy.deepcopy(trigger.model)  # transformers leaves hooks of its own where all hidden states are asked for
     for layer, site in ((2, "pre"), ("model.layers.2.input_layernorm", "post")):
         found = refuse.AnyDepthGuard.states(
             trigger.model, trigger.tokenizer, pairs, layer, depths=(1, 4), site=site, batch_size=2, progress=False
@@ -274,7 +275,7 @@ def test_states_are_those_of_each_context_alone(trigger):
             text = " ".join([text, *pairs[i][1].split()[:depth], "<end> <assistant>"])
             ids = trigger.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
             with torch.no_grad():
-                state = trigger.model(ids, output_hidden_states=True).hidden_states[2][0, -1]
+                state = plain(ids, output_hidden_states=True).hidden_states[2][0, -1]
                 want = trigger.model.model.layers[2].input_layernorm(state) if site == "post" else state
             np.testing.assert_allclose(x, want, atol=1e-5)
 

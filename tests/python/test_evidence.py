@@ -78,6 +78,16 @@ def test_the_right_layer_separates_what_was_held_out(found):
 
 
 @pytest.mark.effect
+def test_probes_read_the_topic_where_the_model_has_it(found):
+    last = found["probes"]["positions"]["-1"]
+    best = last["layers"][last["chosen"]]
+    assert best["auroc"]["value"] > 0.9
+    assert best["accuracy"]["low"] > 0.6
+    assert last["layers"][0]["auroc"]["value"] == 0.5  # a template token before any attention holds nothing
+    assert best["log_loss"] < last["layers"][0]["log_loss"]
+
+
+@pytest.mark.effect
 def test_doses_take_refusal_from_none_to_most_and_from_all_to_none(found):
     steered = {r["dose"]: r for r in found["dose"]["steering"]}
     ablated = {r["dose"]: r for r in found["dose"]["ablation"]}
