@@ -20,6 +20,7 @@ from topics import ALARMING, ENDINGS, EVERYDAY, PASSAGES, THINKING, TOPICS, pair
 from trigger import HARMLESS, REFUSAL, TRIGGER, Trained
 
 from abjure import DegenerateError, refuse
+from abjure.measure import rate
 from abjure.measure.quality import bootstrap
 from abjure.measure.sequence_membership import auc
 
@@ -267,10 +268,10 @@ def _root(excess: Callable[[float], float], outside: float, inside: float) -> fl
 
 def rate_interval(hits: Sequence[bool]) -> Estimate:
     """A share with Wilson's interval."""
-    n, p = len(hits), float(np.mean(hits))
-    centre, spread = p + Z**2 / (2 * n), Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    low, high = ((centre + s) / (1 + Z**2 / n) for s in (-spread, spread))
-    return Estimate(p, max(0.0, float(low)), min(1.0, float(high)))
+    found = rate(np.asarray(hits, dtype=bool))
+    interval = found.ci()
+    assert interval is not None
+    return Estimate(float(found.rate), *interval)
 
 
 def mean_interval(values: Sequence[float], seed: int) -> Estimate:
