@@ -1,7 +1,7 @@
 """Study and change what a model refuses, what it forgets, and what can be learned from protected data.
 
 The wings are imported on first use: :mod:`abjure.forget`, :mod:`abjure.refuse`, :mod:`abjure.protect`,
-:mod:`abjure.measure`. Importing abjure never imports torch.
+:mod:`abjure.measure`, and :mod:`abjure.checkpoint` for models on disk. Importing abjure never imports torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import forget, measure, protect, refuse
+    from . import checkpoint, forget, measure, protect, refuse
 
 __all__ = [
     "AbjureError",
@@ -34,6 +34,7 @@ __all__ = [
     "NonFiniteError",
     "ShapeError",
     "__version__",
+    "checkpoint",
     "forget",
     "get_num_threads",
     "measure",
@@ -42,7 +43,7 @@ __all__ = [
     "set_num_threads",
 ]
 
-_WINGS = ("forget", "refuse", "protect", "measure", "integrations")
+_WINGS = ("forget", "refuse", "protect", "measure", "checkpoint", "integrations")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ of a block has to be known as a writer or as a reader; one that is neither is an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
@@ -190,17 +190,26 @@ def architecture(model: nn.Module) -> Architecture:
         raise DTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     config = text_config(model)
     kind = getattr(config, "model_type", None)
+    return family(kind, lambda name, default: getattr(config, name, default))
+
+
+def family(kind: str | None, option: Callable[[str, Any], Any], arg: str = "model") -> Architecture:
+    """The table's entry for a ``model_type``; ``option(name, default)`` reads the rest of its configuration.
+
+    Raises:
+        ArgumentError: the family is not in the table, or its configuration puts a norm where no weight edit can pass.
+    """
     found = ARCHITECTURES.get(str(kind))
     if found is None:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise ArgumentError(f"model: expected a family with known writers ({known}), got model_type {kind!r}")
+        raise ArgumentError(f"{arg}: expected a family with known writers ({known}), got model_type {kind!r}")
     obstacle = None
-    if kind == "opt" and not getattr(config, "do_layer_norm_before", True):
+    if kind == "opt" and not option("do_layer_norm_before", True):
         obstacle = "do_layer_norm_before=False normalises the stream after every block"
-    if kind == "bloom" and getattr(config, "apply_residual_connection_post_layernorm", False):
+    if kind == "bloom" and option("apply_residual_connection_post_layernorm", False):
         obstacle = "apply_residual_connection_post_layernorm=True adds normalised states to the stream"
     if obstacle:
-        raise ArgumentError(f"model: expected blocks that add to the residual stream; {obstacle}; use ablating()")
+        raise ArgumentError(f"{arg}: expected blocks that add to the residual stream; {obstacle}; use ablating()")
     return found
 
 

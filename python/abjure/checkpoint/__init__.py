@@ -1,0 +1,22 @@
+"""Checkpoints on disk: which stored tensors an edit touches, and what it does to them.
+
+Nothing here imports torch, or loads a model. An edit is a list of ops (:class:`Ablate`, :class:`Scale`,
+:class:`Dampen`); :func:`resolve` tells from ``config.json`` and the tensors' names what an op touches.
+"""
+
+from __future__ import annotations
+
+from .layout import Resolution, Target, TensorInfo, resolution, resolve
+from .ops import Ablate, Dampen, Op, Scale
+
+__all__ = [
+    "Ablate",
+    "Dampen",
+    "Op",
+    "Resolution",
+    "Scale",
+    "Target",
+    "TensorInfo",
+    "resolution",
+    "resolve",
+]

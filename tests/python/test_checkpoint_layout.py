@@ -1,0 +1,540 @@
+"""Which stored tensors an op touches: every family saved by its real class, edited in the file, and loaded again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import abjure
+from abjure import checkpoint, refuse
+from abjure.checkpoint import Ablate, Dampen, Scale, TensorInfo, resolution, resolve
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _sibling(name):
+    """Another test file of this folder: pytest's import mode knows no siblings."""
+    spec = importlib.util.spec_from_file_location(f"abjure_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+families = _sibling("test_architectures")
+TOKENS, build, states = families.TOKENS, families.build, families.states
+Q = families.direction()
+
+
+class Saved:
+    """A checkpoint directory, read and written with safetensors alone."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.config = json.loads((self.path / "config.json").read_text())
+        self.files = {f.name: load_file(f) for f in sorted(self.path.glob("*.safetensors"))}
+        self.arrays = {n: a for file in self.files.values() for n, a in file.items()}
+        self.tensors = {n: TensorInfo(a.shape, {"float32": "F32"}[str(a.dtype)]) for n, a in self.arrays.items()}
+
+    def apply(self, op):
+        found = resolution(self.config, self.tensors, op)
+        for t in found.targets:
+            gain = None if t.post_gain is None else self.arrays[t.post_gain].astype(np.float64) + t.gain_offset
+            array = self.arrays[t.name]
+            if t.keep_as is not None:
+                next(iter(self.files.values()))[t.keep_as] = array.copy()
+            if t.axis is None:
+                array *= np.float32(t.scale)
+            else:
+                refuse.orthogonalize_(array, op.basis(found.width), t.axis, t.scale, t.norm_preserving, gain)
+        for name, value in found.config.items():
+            owner, _, key = name.rpartition(".")
+            (self.config[owner] if owner else self.config)[key] = value
+        for name, arrays in self.files.items():
+            save_file(arrays, self.path / name, {"format": "pt"})
+        (self.path / "config.json").write_text(json.dumps(self.config))
+        return found
+
+
+def load(path, cls=AutoModelForCausalLM):
+    return cls.from_pretrained(path, dtype=torch.float32, **families.EAGER).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def tied_of(name):
+    return "skip" if name == "bloom" else "edit"
+
+
+def expect_same_as_live(path, op, layers=None, cls=AutoModelForCausalLM, **options):
+    """Edits the files at ``path``, and holds the loaded result to the edit of the loaded model, bit for bit."""
+    live = load(path, cls)
+    report = refuse.orthogonalize_model_(live, Q, layers, undo=False, **options)
+    found = Saved(path).apply(op)
+    edited = load(path, cls)
+    want, got = live.state_dict(), edited.state_dict()
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    assert torch.equal(logits(edited), logits(live))
+    return found, edited, report
+
+
+@pytest.mark.parametrize("name", families.ALL)
+def test_editing_the_file_is_editing_the_model(name, tmp_path):
+    model = build(name, torch.float32)
+    model.save_pretrained(tmp_path)
+    plain = states(load(tmp_path))
+    op = Ablate(Q, tied=tied_of(name))
+    found, edited, report = expect_same_as_live(tmp_path, op, tied=tied_of(name))
+    assert len(found.targets) >= len(report.edits)
+    assert found.depth == 2
+    assert found.width == 32
+    assert {t.component for t in found.targets} >= {"attention"}
+    if tied_of(name) == "edit":
+        after = states(edited)
+        assert refuse.project(plain, Q).abs().max() > 1e-3 * plain.abs().max()
+        assert refuse.project(after, Q).abs().max() < 1e-5 * after.abs().max()
+
+
+def test_a_square_matrix_is_edited_along_the_axis_of_its_format(tmp_path):
+    build("gpt_oss", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    found = {t.name: (t.component, t.axis) for t in resolve(saved.config, saved.tensors, Ablate(Q, layers=[1]))}
+    assert saved.tensors["model.layers.1.mlp.experts.down_proj"].shape == (4, 32, 32)
+    assert found == {
+        "model.layers.1.self_attn.o_proj.weight": ("attention", 0),
+        "model.layers.1.self_attn.o_proj.bias": ("attention", 0),
+        "model.layers.1.mlp.experts.down_proj": ("experts", 2),
+        "model.layers.1.mlp.experts.down_proj_bias": ("experts", 1),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gpt2", "gemma2", "qwen3_moe", "granitemoe"])
+@pytest.mark.parametrize("form", ["in", "row_pre"])
+def test_norm_preserving_forms_and_scales(name, form, tmp_path):
+    build(name, torch.float32).save_pretrained(tmp_path)
+    scale = {"attention": 0.5, "mlp": -1.0, "experts": 2.0}
+    expect_same_as_live(
+        tmp_path, Ablate(Q, scale=scale, layers=[-1], norm_preserving=form), [-1], scale=scale, norm_preserving=form
+    )
+
+
+def test_shards(tmp_path):
+    build("deepseek_v3", torch.float32).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expect_same_as_live(tmp_path, Ablate(Q), None)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "qwen2_moe", "granitemoe", "phimoe", "gpt_neox"])
+def test_files_under_the_names_of_the_modules(name, tmp_path):
+    """The layout that transformers 5 keeps in memory, stored as it is: stacked experts, lm_head."""
+    model = build(name, torch.float32)
+    model.config.save_pretrained(tmp_path)
+    save_file({n: p.numpy() for n, p in model.state_dict().items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    found, *_ = expect_same_as_live(tmp_path, Ablate(Q), None)
+    if name != "gpt_neox":
+        assert {len(t.shape) for t in found.targets if t.component == "experts"} == {3}
+
+
+def test_a_decoder_saved_without_its_head(tmp_path):
+    model = build("gpt2", torch.float32)
+    model.transformer.save_pretrained(tmp_path)
+    assert "h.0.attn.c_proj.weight" in Saved(tmp_path).tensors
+    found, *_ = expect_same_as_live(tmp_path, Ablate(Q, tied="edit"), None, tied="edit")
+    assert found.blocks == "h"
+
+
+GEMMA3 = {
+    "text_config": {**families.HEAD, "vocab_size": 40},
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+}
+
+
+@pytest.fixture
+def multimodal(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(**GEMMA3))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "language_model" in name and name.endswith("norm.weight"):
+                p.copy_(torch.randn_like(p) * 0.3)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("tied", ["skip", "untie", "edit"])
+def test_the_text_decoder_of_a_multimodal_checkpoint(multimodal, tied):
+    found, _, report = expect_same_as_live(
+        multimodal, Ablate(Q, tied=tied), cls=transformers.Gemma3ForConditionalGeneration, tied=tied
+    )
+    assert found.blocks == "language_model.model.layers"
+    assert found.family == "gemma3_text"
+    assert {t.name for t in found.targets if t.post_gain is None} <= {"language_model.model.embed_tokens.weight"}
+    assert len(found.targets) == len(report.edits)
+    assert any("vision_tower" in note and "left as it is" in note for note in found.notes)
+
+
+def test_the_config_of_early_gemma3_files(multimodal):
+    """They name neither the text model's type nor the tie."""
+    saved = Saved(multimodal)
+    want = resolve(saved.config, saved.tensors, Ablate(Q, tied="edit"))
+    del saved.config["text_config"]["model_type"], saved.config["text_config"]["tie_word_embeddings"]
+    del saved.config["tie_word_embeddings"]
+    assert resolve(saved.config, saved.tensors, Ablate(Q, tied="edit")) == want
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "gemma2", "opt"])
+def test_tied_embeddings_are_skipped_edited_or_untied(name, tmp_path):
+    model = build(name, torch.float32)
+    for tied in ("skip", "edit", "untie"):
+        model.save_pretrained(tmp_path / tied)
+        found, edited, _ = expect_same_as_live(tmp_path / tied, Ablate(Q, tied=tied), tied=tied)
+        table = edited.get_input_embeddings().weight
+        along = float(refuse.project(table.detach(), Q).abs().max())
+        assert (along < 1e-5) == (tied != "skip")
+        assert (edited.lm_head.weight is table) == (tied != "untie")
+        assert any("embed" in note or "wte" in note for note in found.notes)
+    assert found.config == {"tie_word_embeddings": False}
+    assert [t.keep_as for t in found.targets if t.keep_as] == ["lm_head.weight"]
+
+
+def test_a_stored_copy_of_a_tied_head_gets_the_same_edit(tmp_path):
+    """Files of older releases hold both; transformers 5 ties them only while they are equal."""
+    build("llama, tied", torch.float32).save_pretrained(tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
+    found, edited, _ = expect_same_as_live(tmp_path, Ablate(Q, tied="edit"), tied="edit")
+    assert edited.lm_head.weight is edited.model.embed_tokens.weight
+    assert [(t.name, t.tied_to) for t in found.targets if t.tied_to] == [
+        ("lm_head.weight", "model.embed_tokens.weight")
+    ]
+    saved = Saved(tmp_path)
+    untied = resolution(saved.config, saved.tensors, Ablate(Q, tied="untie"))
+    assert not any(t.keep_as for t in untied.targets)
+    assert untied.config == {"tie_word_embeddings": False}
+    with pytest.raises(abjure.ArgumentError, match="tied; expected both"):
+        resolve(saved.config, saved.tensors, Scale("model.embed_tokens.weight", 0.5))
+    assert len(resolve(saved.config, saved.tensors, Scale(["*embed_tokens.weight", "lm_head*"], 0.5))) == 2
+
+
+def test_layers_and_patterns_choose_among_the_writers(tmp_path):
+    build("llama", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    found = resolve(saved.config, saved.tensors, Ablate(Q, layers=-1, tensors="*.down_proj.*"))
+    assert [(t.name, t.axis, t.layer) for t in found] == [
+        ("model.layers.1.mlp.down_proj.bias", 0, 1),
+        ("model.layers.1.mlp.down_proj.weight", 0, 1),
+    ]
+    for op, words in {
+        Ablate(Q, layers=[2]): "layers: expected -2 to 1",
+        Ablate(Q, tensors="*.up_proj.*"): "matches a known writer",
+        Ablate(Q, scale=0): "nothing is left to edit",
+        Scale("*.up_proj", 2): "matches a stored tensor",
+        Scale("*norm.weight", 2, layers=[7]): "layers: expected -2 to 1",
+    }.items():
+        with pytest.raises(abjure.ArgumentError, match=words):
+            resolve(saved.config, saved.tensors, op)
+
+
+def test_writers_that_the_user_names(tmp_path):
+    build("gemma2", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    op = Ablate(Q, tensors={"*.o_proj.weight": 0, "*.down_proj.weight": -2}, layers=[1])
+    found = resolution(saved.config, saved.tensors, op)
+    assert [(t.name, t.axis, t.post_gain, t.gain_offset) for t in found.targets] == [
+        ("model.layers.1.self_attn.o_proj.weight", 0, "model.layers.1.post_attention_layernorm.weight", 1.0),
+        ("model.layers.1.mlp.down_proj.weight", 0, "model.layers.1.post_feedforward_layernorm.weight", 1.0),
+    ]
+    with pytest.raises(abjure.ArgumentError, match="expected axis 0, a fact of this family"):
+        resolve(saved.config, saved.tensors, Ablate(Q, tensors={"*.o_proj.weight": 1}))
+    unknown = {**saved.config, "model_type": "unheard_of"}
+    with pytest.raises(abjure.ArgumentError, match="model_type 'unheard_of'"):
+        resolve(unknown, saved.tensors, Ablate(Q))
+    found = resolution(unknown, saved.tensors, op)
+    assert [(t.axis, t.post_gain, t.layer) for t in found.targets] == [(0, None, 1), (0, None, 1)]
+    assert "not in the table" in found.notes[0]
+    for tensors, words in {
+        (("*.o_proj.weight", 2),): "no axis 2",
+        (("*.o_proj.weight", 0), ("*.layers.1.*o_proj*", 1)): "two patterns with different axes",
+        (("*.nothing", 0),): "matches a stored tensor",
+    }.items():
+        with pytest.raises(abjure.ArgumentError, match=words):
+            resolve(unknown, saved.tensors, Ablate(Q, tensors=dict(tensors)))
+    with pytest.raises(abjure.ShapeError, match="one width along the stream"):
+        resolve(unknown, saved.tensors, Ablate(Q, tensors={"*.o_proj.weight": 0, "*.up_proj.weight": 0}))
+
+
+RENAMED = [
+    "llama",
+    "mixtral",
+    "phimoe",
+    "granitemoe",
+    "deepseek_v3",
+    "qwen2_moe",
+    "jamba",
+    "gpt_oss",
+    "gpt_neox",
+    "gpt2",
+]
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_importances_of_the_modules_find_their_parts_in_the_files(name, tmp_path):
+    build(name, torch.float32).save_pretrained(tmp_path)
+    live = load(tmp_path)
+    rng = np.random.default_rng(0)
+    forget, retain = (
+        {n: rng.random(tuple(p.shape), dtype=np.float32) for n, p in live.named_parameters()} for _ in range(2)
+    )
+    op = Dampen(forget, retain, alpha=Decimal("1.5"), lam=1)
+    from abjure import forget as wing
+
+    wing.dampen_(live, forget, retain, 1.5, 1.0)
+    saved = Saved(tmp_path)
+    found = resolve(saved.config, saved.tensors, op, {n: a.shape for n, a in forget.items()})
+    seen = {n: np.zeros(a.size, bool) for n, a in forget.items()}
+    for t in found:
+        part = slice(t.importance_offset, t.importance_offset + saved.arrays[t.name].size)
+        assert not seen[t.importance][part].any()
+        seen[t.importance][part] = True
+        f, d = (np.ascontiguousarray(i[t.importance]).reshape(-1)[part] for i in (forget, retain))
+        wing.dampen_array_(saved.arrays[t.name].reshape(-1), f, d, 1.5, 1.0)
+    assert all(s.all() for s in seen.values())
+    save_file(saved.arrays, tmp_path / "model.safetensors", {"format": "pt"})
+    want, got = live.state_dict(), load(tmp_path).state_dict()
+    for key in want:
+        assert torch.equal(got[key], want[key]), key
+
+
+def test_dampening_says_what_does_not_fit(tmp_path):
+    build("mixtral", torch.float32).save_pretrained(tmp_path)
+    live = load(tmp_path)
+    saved = Saved(tmp_path)
+    shapes = {n: tuple(p.shape) for n, p in live.named_parameters()}
+    op = Dampen("forget", "retain")
+    key = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(abjure.ShapeError, match="expected experts of"):
+        resolve(saved.config, saved.tensors, op, {**shapes, key: (4, 32, 96)})
+    with pytest.raises(abjure.ShapeError, match="3 experts or more"):
+        resolve(saved.config, saved.tensors, op, {**shapes, key: (2, 96, 32)})
+    fewer = {n: s for n, s in shapes.items() if n != key}
+    with pytest.raises(abjure.ArgumentError, match="got none for"):
+        resolve(saved.config, saved.tensors, op, fewer)
+    left = resolve(
+        saved.config, saved.tensors, Dampen("f", "r", exclude=["*layers.0.*.w1.*", "*layers.0.*.w3.*"]), fewer
+    )
+    assert len(left) == len(saved.tensors) - 8
+    with pytest.raises(abjure.ArgumentError, match=r"unknown 'model\.more'"):
+        resolve(saved.config, saved.tensors, op, {**shapes, "model.more": (1,)})
+    with pytest.raises(abjure.ArgumentError, match="importance: expected names and shapes"):
+        resolve(saved.config, saved.tensors, op)
+
+
+def test_blocks_that_predict_further_tokens_are_left_alone(tmp_path):
+    build("deepseek_v3", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    extra = {n.replace(".1.", ".2.", 1): i for n, i in saved.tensors.items() if n.startswith("model.layers.1.")}
+    extra["model.layers.2.eh_proj.weight"] = TensorInfo((32, 64), "F32")
+    found = resolution(saved.config, saved.tensors | extra, Ablate(Q))
+    assert found.targets == resolve(saved.config, saved.tensors, Ablate(Q))
+    assert "model.layers.2: left as it is" in found.notes[0]
+    with pytest.raises(abjure.ArgumentError, match="got block 2 too"):
+        resolve({**saved.config, "num_nextn_predict_layers": 0}, saved.tensors | extra, Ablate(Q))
+
+
+def changed(saved, config=None, drop=(), add=None):
+    """Config and tensors with some of both changed or dropped."""
+    tensors = {n: i for n, i in saved.tensors.items() if n not in drop} | (add or {})
+    return {**saved.config, **(config or {})}, tensors
+
+
+def test_configs_that_do_not_match_the_tensors_are_errors(tmp_path):
+    build("mixtral", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    block = "model.layers.1."
+    experts = block + "block_sparse_moe.experts."
+    whole = [n for n in saved.tensors if n.startswith(block)]
+    half = TensorInfo((16,), "F32")
+    gain = block + "input_layernorm.weight"
+    for case, (kind, words) in {
+        "fewer": (abjure.ArgumentError, "expected 3 blocks model.layers.0 to .2 .* no tensor of block 2"),
+        "more": (abjure.ArgumentError, "got block 1 too"),
+        "width": (abjure.ShapeError, r"expected 48 \(the config's hidden size\)"),
+        "rows": (abjure.ShapeError, "expected 41 rows"),
+        "experts": (abjure.ArgumentError, "expected experts 0 to 4 as the config says, got 4"),
+        "block": (abjure.ArgumentError, "no tensor of block 1"),
+        "expert": (abjure.ArgumentError, r"missing \[2\]"),
+        "attention": (abjure.ArgumentError, "model.layers.1 has no known attention writer"),
+        "head": (abjure.ArgumentError, "expected an output head"),
+        "table": (abjure.ArgumentError, "expected model.embed_tokens.weight"),
+        "inside": (abjure.ArgumentError, r"layers\.1\.extra\.weight is neither a known writer"),
+        "beside": (abjure.ArgumentError, r"model\.extra\.weight is neither"),
+        "adapter": (abjure.ArgumentError, "got an adapter"),
+        "names": (abjure.ArgumentError, r"expected the blocks of one mixtral decoder \(model\.layers\.0"),
+        "type": (abjure.ArgumentError, "config: expected model_type"),
+        "depth": (abjure.ArgumentError, "config: expected the number of blocks"),
+        "number": (abjure.ArgumentError, "num_hidden_layers of 1 or more"),
+        "axes": (abjure.ShapeError, "expected 2 axes"),
+    }.items():
+        config, tensors = {
+            "fewer": lambda: changed(saved, {"num_hidden_layers": 3}),
+            "more": lambda: changed(saved, {"num_hidden_layers": 1}),
+            "width": lambda: changed(saved, {"hidden_size": 48}),
+            "rows": lambda: changed(saved, {"vocab_size": 41}),
+            "experts": lambda: changed(saved, {"num_local_experts": 5}),
+            "block": lambda: changed(saved, drop=whole),
+            "expert": lambda: changed(saved, drop=[experts + "2.w2.weight"]),
+            "attention": lambda: changed(saved, drop=[block + "self_attn.o_proj.weight"]),
+            "head": lambda: changed(saved, drop=["lm_head.weight"]),
+            "table": lambda: changed(saved, drop=["model.embed_tokens.weight"]),
+            "inside": lambda: changed(saved, add={block + "extra.weight": half}),
+            "beside": lambda: changed(saved, add={"model.extra.weight": half}),
+            "adapter": lambda: changed(saved, add={block + "self_attn.o_proj.lora_A.weight": half}),
+            "names": lambda: (
+                {"model_type": "mixtral", "hidden_size": 32, "num_hidden_layers": 2},
+                {"encoder." + gain: half},
+            ),
+            "type": lambda: ({}, saved.tensors),
+            "depth": lambda: ({"model_type": "mixtral", "hidden_size": 32}, saved.tensors),
+            "number": lambda: changed(saved, {"num_hidden_layers": "2"}),
+            "axes": lambda: changed(saved, add={block + "self_attn.o_proj.weight": half}),
+        }[case]()
+        with pytest.raises(kind, match=words):
+            resolve(config, tensors, Ablate(Q))
+
+
+def test_norms_and_shared_experts_that_are_missing(tmp_path):
+    build("gemma2", torch.float32).save_pretrained(tmp_path / "gemma2")
+    build("deepseek_v3", torch.float32).save_pretrained(tmp_path / "deepseek")
+    gemma, deepseek = Saved(tmp_path / "gemma2"), Saved(tmp_path / "deepseek")
+    norm = "model.layers.0.post_attention_layernorm."
+    with pytest.raises(abjure.ArgumentError, match="expected a norm with a gain"):
+        resolve(*changed(gemma, drop=[norm + "weight"]), Ablate(Q))
+    with pytest.raises(abjure.ArgumentError, match="has a bias, which writes too"):
+        resolve(*changed(gemma, add={norm + "bias": TensorInfo((32,), "F32")}), Ablate(Q))
+    with pytest.raises(abjure.ArgumentError, match="expected a shared expert"):
+        resolve(*changed(deepseek, drop=["model.layers.1.mlp.shared_experts.down_proj.weight"]), Ablate(Q))
+
+
+def test_quantised_writers_are_refused_by_name(tmp_path):
+    build("gpt_oss", torch.float32).save_pretrained(tmp_path / "a")
+    build("deepseek_v3", torch.float32).save_pretrained(tmp_path / "b")
+    oss, deepseek = Saved(tmp_path / "a"), Saved(tmp_path / "b")
+    place = "model.layers.1.mlp.experts.down_proj"
+    blocks = {place + "_blocks": TensorInfo((4, 32, 1, 16), "U8"), place + "_scales": TensorInfo((4, 32, 1), "U8")}
+    with pytest.raises(abjure.DTypeError, match=r"down_proj_blocks is quantised \(MXFP4\)"):
+        resolve(*changed(oss, drop=[place], add=blocks), Ablate(Q))
+    name = "model.layers.1.self_attn.o_proj.weight"
+    fp8 = {name: TensorInfo((32, 32), "F8_E4M3"), name + "_scale_inv": TensorInfo((1, 1), "F32")}
+    with pytest.raises(abjure.DTypeError, match=r"o_proj\.weight is quantised \(FP8 with block scales\)"):
+        resolve(*changed(deepseek, add=fp8), Ablate(Q))
+    config = {"quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(abjure.DTypeError, match=r"stored as F8_E4M3 \(quantised by fp8\)"):
+        resolve(*changed(deepseek, config, add={name: fp8[name]}), Ablate(Q))
+    gptq = {name.replace("weight", end): TensorInfo((4, 32), "I32") for end in ("qweight", "qzeros", "scales")}
+    with pytest.raises(abjure.DTypeError, match="GPTQ or AWQ"):
+        resolve(*changed(deepseek, drop=[name], add=gptq), Ablate(Q))
+    # A quantised tensor that only reads is none of ours.
+    reader = "model.layers.1.self_attn.q_a_proj.weight"
+    found = resolve(
+        *changed(deepseek, add={reader: fp8[name], reader + "_scale_inv": TensorInfo((1, 1), "F32")}), Ablate(Q)
+    )
+    assert found == resolve(deepseek.config, deepseek.tensors, Ablate(Q))
+
+
+def test_configurations_that_no_weight_edit_passes(tmp_path):
+    build("opt", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    config = {**saved.config, "do_layer_norm_before": False}
+    with pytest.raises(abjure.ArgumentError, match="do_layer_norm_before"):
+        resolve(config, saved.tensors, Ablate(Q))
+    assert len(resolve(config, saved.tensors, Scale("*.fc2.weight", 0.5))) == 2
+
+
+def test_ops_check_their_options():
+    for make, kind, words in [
+        (lambda: Ablate(None), abjure.DTypeError, "direction"),
+        (lambda: Ablate(Q, scale=float("nan")), abjure.ArgumentError, "finite"),
+        (lambda: Ablate(Q, scale="1"), abjure.DTypeError, "expected a number"),
+        (lambda: Ablate(Q, scale=True), abjure.DTypeError, "expected a number"),
+        (lambda: Ablate(Q, scale={"expert": 1}), abjure.ArgumentError, "components among"),
+        (lambda: Ablate(Q, scale={}), abjure.ArgumentError, "one component or more"),
+        (lambda: Ablate(Q, layers="all"), abjure.DTypeError, "indices of blocks"),
+        (lambda: Ablate(Q, layers=[]), abjure.ArgumentError, "one index or more"),
+        (lambda: Ablate(Q, layers=[1.5]), abjure.DTypeError, "indices of blocks"),
+        (lambda: Ablate(Q, tensors=[]), abjure.ArgumentError, "one pattern or more"),
+        (lambda: Ablate(Q, tensors={"*": "0"}), abjure.DTypeError, "expected an axis"),
+        (lambda: Ablate(Q, norm_preserving="out"), abjure.ArgumentError, "norm_preserving"),
+        (lambda: Ablate(Q, tied="keep"), abjure.ArgumentError, "tied"),
+        (lambda: Scale([], 2), abjure.ArgumentError, "one pattern or more"),
+        (lambda: Scale([3], 2), abjure.DTypeError, "name patterns"),
+        (lambda: Scale("*", None), abjure.DTypeError, "expected a number"),
+        (lambda: Dampen("f", None), abjure.DTypeError, "retain"),
+        (lambda: Dampen("f", "r", alpha=-1), abjure.ArgumentError, "0 or more"),
+        (lambda: Dampen("f", "r", lam=Decimal("NaN")), abjure.ArgumentError, "finite"),
+    ]:
+        with pytest.raises(kind, match=words):
+            make()
+    with pytest.raises(abjure.ShapeError, match="expected vectors of 31"):
+        Ablate(Q).basis(31)
+    with pytest.raises(abjure.DTypeError, match="expected Ablate, Scale or Dampen"):
+        resolve({}, {}, "ablate")
+    with pytest.raises(abjure.DTypeError, match="shape and dtype"):
+        resolve({}, {"a": 3}, Ablate(Q))
+
+
+def test_a_resolution_prints_and_writes_itself(tmp_path):
+    build("gemma2", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    found = resolution(saved.config, saved.tensors, Ablate(Q, scale=Decimal("0.50")))
+    assert str(found).startswith(
+        "ablate: 4 tensors in 2 of 2 blocks (attention 2, mlp 2)\nmodel.embed_tokens.weight: left"
+    )
+    assert "post_attention_layernorm" not in found._repr_html_()
+    assert "o_proj" in found._repr_html_()
+    facts = json.loads(json.dumps(found.to_dict()))
+    assert facts["targets"][0] == {
+        "name": "model.layers.0.self_attn.o_proj.weight",
+        "axis": 0,
+        "post_gain": "model.layers.0.post_attention_layernorm.weight",
+        "gain_offset": 1.0,
+        "scale": 0.5,
+        "component": "attention",
+        "layer": 0,
+        "shape": [32, 32],
+        "dtype": "F32",
+    }
+
+
+def test_the_layout_needs_no_torch():
+    code = (
+        "import sys, abjure.checkpoint as c; c.resolve; "
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'"
+    )
+    import subprocess
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert checkpoint.resolve is resolve
