@@ -157,6 +157,13 @@ class RefusalGate:
     ) -> None: ...
     def apply_(self, logits: Any, positions: Any) -> Any: ...
 
+class ByteVocabulary:
+    def __init__(self, tokens: list[bytes], fold: bool, transparent: bool) -> None: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
 class PhraseAutomaton:
     def __init__(
         self,
@@ -166,6 +173,14 @@ class PhraseAutomaton:
         max_length: int,
         penalty: tuple[float, float] | None = None,
     ) -> None: ...
+    @staticmethod
+    def from_bytes(
+        phrases: list[bytes],
+        vocabulary: ByteVocabulary,
+        word: bool,
+        max_length: int,
+        penalty: tuple[float, float] | None = None,
+    ) -> PhraseAutomaton: ...
     @property
     def reach(self) -> int: ...
     @property

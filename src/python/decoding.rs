@@ -2,12 +2,15 @@
 
 use super::array::{Array, int64_columns};
 use crate::refuse::decoding::{
-    Automaton, Contexts, Edits, Gate, GateOptions, Groups, LOGITS, NoFire, Penalty, Position, Rule,
-    bias, force, margins, max_gaps, row_lse,
+    Automaton, ByteAutomaton, Contexts, Edits, Gate, GateOptions, Groups, LOGITS, Matcher, NoFire,
+    Penalty, Position, Reading, Rule, Vocabulary, apply, bias, edits, force, margins, max_gaps,
+    row_lse,
 };
 use crate::{Error, Result, with_dtype};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use std::sync::Arc;
 
 type Ids<'py> = PyReadonlyArray1<'py, i64>;
 type Values<'py> = PyReadonlyArray1<'py, f64>;
@@ -191,9 +194,40 @@ fn position(code: i64) -> Position {
     }
 }
 
-/// Forbidden phrases, ready to be matched.
+/// The bytes of every token, ascending; what automata over the same tokens share.
 #[pyclass(frozen, module = "abjure._native")]
-struct PhraseAutomaton(Automaton);
+struct ByteVocabulary(Arc<Vocabulary>);
+
+#[pymethods]
+impl ByteVocabulary {
+    /// Text of each token in the order of their ids, empty for one without.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        tokens: Vec<PyBackedBytes>,
+        fold: bool,
+        transparent: bool,
+    ) -> PyResult<Self> {
+        let reading = Reading { fold, transparent };
+        let tokens: Vec<&[u8]> = tokens.iter().map(AsRef::as_ref).collect();
+        let built = py.detach(|| Vocabulary::new(&tokens, reading));
+        Ok(Self(Arc::new(built?)))
+    }
+
+    #[getter]
+    fn size(&self) -> usize {
+        self.0.len()
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+/// Forbidden phrases of token ids or of bytes, ready to be matched.
+#[pyclass(frozen, module = "abjure._native")]
+struct PhraseAutomaton(Box<dyn Matcher>);
 
 type Csr<'py> = (
     Bound<'py, PyArray1<i64>>,
@@ -223,7 +257,26 @@ impl PhraseAutomaton {
         }
         let penalty = penalty.map(|(strength, exponent)| Penalty { strength, exponent });
         let built = py.detach(|| Automaton::new(&phrases, vocab_size, max_length, penalty));
-        Ok(Self(built?))
+        Ok(Self(Box::new(built?)))
+    }
+
+    /// Phrases of bytes over a vocabulary; with `word` they begin where no word runs on.
+    #[staticmethod]
+    #[pyo3(signature = (phrases, vocabulary, word, max_length, penalty=None))]
+    fn from_bytes(
+        py: Python<'_>,
+        phrases: Vec<PyBackedBytes>,
+        vocabulary: &ByteVocabulary,
+        word: bool,
+        max_length: usize,
+        penalty: Option<(f64, f64)>,
+    ) -> PyResult<Self> {
+        let phrases: Vec<&[u8]> = phrases.iter().map(AsRef::as_ref).collect();
+        let penalty = penalty.map(|(strength, exponent)| Penalty { strength, exponent });
+        let vocabulary = vocabulary.0.clone();
+        let built =
+            py.detach(|| ByteAutomaton::new(&phrases, vocabulary, word, max_length, penalty));
+        Ok(Self(Box::new(built?)))
     }
 
     #[getter]
@@ -254,7 +307,7 @@ impl PhraseAutomaton {
         begin: Ids<'py>,
     ) -> PyResult<Csr<'py>> {
         let contexts = contexts(&context, &begin)?;
-        let (indptr, ids, values) = py.detach(|| self.0.edits(&contexts))?;
+        let (indptr, ids, values) = py.detach(|| edits(&*self.0, &contexts))?;
         Ok((
             indptr.into_pyarray(py),
             ids.into_pyarray(py),
@@ -284,7 +337,7 @@ impl PhraseAutomaton {
         let contexts = Contexts::new(&ids, ids.len().checked_div(rows).unwrap_or(0), begin)?;
         with_dtype!(logits.dtype(), T => {
             let rows = logits.rows_mut::<T>()?;
-            Ok(py.detach(|| self.0.apply(rows, &contexts, dead_end))?)
+            Ok(py.detach(|| apply(&*self.0, rows, &contexts, dead_end))?)
         })
     }
 }
@@ -301,5 +354,6 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(row_margin, m)?)?;
     m.add_function(wrap_pyfunction!(row_max_gap, m)?)?;
     m.add_class::<RefusalGate>()?;
+    m.add_class::<ByteVocabulary>()?;
     m.add_class::<PhraseAutomaton>()
 }

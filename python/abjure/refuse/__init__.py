@@ -87,6 +87,7 @@ from .prompts import Prompt, Prompts
 from .record import Activations, Contrasts, record_prompts, record_to_disk
 from .routing import RankedExpert, expert_routers, tuning_experts
 from .select import Candidate, DirectionSelection, refusal_scores, select_direction
+from .token_bytes import TokenBytes
 from .tokens import (
     RefusalTokens,
     bias_,
@@ -153,6 +154,7 @@ __all__ = [
     "RefusalTokens",
     "SafetyPrompt",
     "Threshold",
+    "TokenBytes",
     "WeightReport",
     "Writer",
     "ablate",

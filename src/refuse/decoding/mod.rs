@@ -5,13 +5,18 @@
 //! does not read: a bias or a forbidden phrase touches its own entries and nothing else of the row.
 
 mod automaton;
+mod bytes;
 mod edits;
 mod gate;
+mod matching;
 mod reduce;
+mod trie;
 
-pub use automaton::{Automaton, Contexts, Penalty};
+pub use automaton::Automaton;
+pub use bytes::{ByteAutomaton, Reading, Vocabulary};
 pub use edits::{Edits, bias, force};
 pub use gate::{Gate, GateOptions, NO_FIRE, NOT_ASKED, NOT_SELECTED, NoFire, Position, Rule};
+pub use matching::{Contexts, Matcher, Penalty, apply, edits};
 pub use reduce::{Groups, margins, max_gaps, row_lse};
 
 use crate::element::{Element, Real};
