@@ -70,8 +70,10 @@ from .directions import (
 )
 from .dro import AnchorSpace, SafetyPrompt, anchor_states, dro_loss, optimize_safety_prompt
 from .experts import ExpertTuner, record_experts
+from .guard import ForgetTarget, GateDecision, Guard, GuardedReplies, GuardProcessor, LeakReport, PromptGate
 from .heads import Head, HeadAttribution, ablating_heads, attribute_heads, head_contributions
 from .hooks import Recording, ablating, recording, steering
+from .key_phrases import extract_phrases
 from .latent_guard import Beliefs, LatentGuard
 from .model_edit import ModelEditReport, orthogonalize_model_
 from .phrases import ForbiddenPhrases
@@ -87,6 +89,7 @@ from .prompts import Prompt, Prompts
 from .record import Activations, Contrasts, record_prompts, record_to_disk
 from .routing import RankedExpert, expert_routers, tuning_experts
 from .select import Candidate, DirectionSelection, refusal_scores, select_direction
+from .semantic import SemanticMatcher, SentenceEncoder
 from .token_bytes import TokenBytes
 from .tokens import (
     RefusalTokens,
@@ -133,10 +136,16 @@ __all__ = [
     "ExpertTuner",
     "Finding",
     "ForbiddenPhrases",
+    "ForgetTarget",
+    "GateDecision",
+    "Guard",
+    "GuardProcessor",
+    "GuardedReplies",
     "Head",
     "HeadAttribution",
     "LatentGuard",
     "LayerProbes",
+    "LeakReport",
     "LinearProbe",
     "MeanCurve",
     "ModelEditReport",
@@ -146,6 +155,7 @@ __all__ = [
     "ProbeCrossValidation",
     "ProbeFit",
     "Prompt",
+    "PromptGate",
     "Prompts",
     "RankedExpert",
     "Recording",
@@ -153,6 +163,8 @@ __all__ = [
     "RefusalProbe",
     "RefusalTokens",
     "SafetyPrompt",
+    "SemanticMatcher",
+    "SentenceEncoder",
     "Threshold",
     "TokenBytes",
     "WeightReport",
@@ -187,6 +199,7 @@ __all__ = [
     "difficulty_budgets",
     "dro_loss",
     "expert_routers",
+    "extract_phrases",
     "force_",
     "head_contributions",
     "logit",
