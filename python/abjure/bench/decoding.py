@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,55 @@ from .timing import Row, compare
 #: Rows, vocabulary and phrases of the stated target.
 ROWS, VOCAB, PHRASES = 64, 151_936, 1000
 CONTEXT = 512
+#: Numbers of phrases over which a step must hardly grow.
+GROWTH = (100, 1000, 10_000, 100_000)
+_SYLLABLES = (
+    "ka", "to", "ri", "en", "st", "ing", "er", "a", "o", "th",
+    "ch", "pre", "con", "lo", "mi", "na", "es", "qu", "x", "zu",
+)  # fmt: skip
 
 
-def phrases(count: int, vocab: int, seed: int = 0) -> list[list[int]]:
+def phrases(count: int, vocab: int, seed: int = 0, lengths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[list[int]]:
     """Distinct random phrases of 1 to 6 tokens, as many of each length."""
     rng = np.random.default_rng(seed)
     found: dict[tuple[int, ...], None] = {}
     while len(found) < count:
-        found[tuple(rng.integers(0, vocab, 1 + len(found) % 6).tolist())] = None
+        found[tuple(rng.integers(0, vocab, lengths[len(found) % len(lengths)]).tolist())] = None
     return [list(p) for p in found]
+
+
+class Pieces:
+    """A vocabulary of made-up pieces, half of them behind a space, after the 256 bytes."""
+
+    all_special_ids = ()
+
+    def __init__(self, size: int) -> None:
+        rng = np.random.default_rng(2)
+        self._ids = {f"<0x{b:02X}>": b for b in range(256)}
+        while len(self._ids) < size:
+            n = len(self._ids)
+            draws = rng.integers(0, len(_SYLLABLES), (size, 4))
+            for row, parts in zip(draws, 1 + rng.integers(0, 4, size), strict=True):
+                text = "".join(_SYLLABLES[i] for i in row[:parts])
+                self._ids.setdefault(f"▁{text}" if row.sum() % 2 else text, len(self._ids))
+                if len(self._ids) == size:
+                    break
+            if len(self._ids) == n:  # every piece of up to four syllables is there
+                raise ValueError(f"size: expected fewer pieces, got {size}")
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._ids
+
+
+def texts(count: int, seed: int = 3) -> list[str]:
+    """Distinct made-up phrases of two words."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        first, second = 2 + rng.integers(0, 2), 2 + rng.integers(0, 3)
+        row = [_SYLLABLES[i] for i in rng.integers(0, len(_SYLLABLES), first + second)]
+        found["".join(row[:first]) + " " + "".join(row[first:])] = None
+    return list(found)
 
 
 def rows(scale: float = 1.0) -> Iterator[Row]:
@@ -39,6 +79,7 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         yield from _phrases(dtype, forbidden, ids, vocab)
         yield from _gates(dtype, ids, vocab)
+    yield from _steps(ids, vocab, [max(10, int(n * scale)) for n in GROWTH])
 
 
 def _against(
@@ -144,3 +185,58 @@ def _gates(dtype: Any, ids: Any, vocab: int) -> Iterator[Row]:
         "dense bias vector",
         lambda z: z.add_(torch.zeros(vocab).index_add_(0, tokens, values)),
     )
+
+
+def _steps(ids: Any, vocab: int, counts: list[int]) -> Iterator[Row]:
+    """One decoding step in bfloat16 beside one softmax of the same logits, and how long the largest automata build."""
+    import torch
+    from transformers import NoBadWordsLogitsProcessor
+
+    from ..refuse import ForbiddenPhrases, RefusalTokens, TokenBytes
+
+    scores, case = _scores(torch.bfloat16, vocab), _case(torch.bfloat16, vocab)
+    scores[: ROWS // 3, 17] = 8.0
+
+    def step(kernel: str, what: str, ours: Callable[[Any], object]) -> Row:
+        return _against(kernel, f"{case}, {what}", scores, ours, "one softmax", lambda z: torch.softmax(z, -1))
+
+    def through(prompt: list[int], processor: Any) -> Callable[[Any], object]:
+        gate = RefusalTokens({"a": 17, "b": 18, "c": 19}, threshold=-7.0, prompt_length=prompt)
+        return lambda z: processor(ids, gate(ids, z))
+
+    several = (2, 3, 4, 5, 6)
+    stated = phrases(counts[2], vocab, lengths=several)
+    processor = ForbiddenPhrases(stated, vocab, scope="all")
+    eighth = [CONTEXT if i % 8 == 0 else CONTEXT // 2 for i in range(ROWS)]
+    for rows_gated, prompt in (("1 row in 8", eighth), ("all rows", [CONTEXT] * ROWS)):
+        what = f"3 categories in {rows_gated}, {len(stated)} phrases of 2-6 tokens"
+        yield step("gate and ForbiddenPhrases", what, through(prompt, processor))
+    for n in counts:
+        many = ForbiddenPhrases(phrases(n, vocab, lengths=several), vocab, scope="all")
+        yield step("ForbiddenPhrases", f"{n} phrases of 2-6 tokens", lambda z, p=many: p(ids, z))  # type: ignore[misc]
+    single = ForbiddenPhrases(phrases(min(counts[2], vocab // 2), vocab, lengths=(1,)), vocab, scope="all")
+    yield step("ForbiddenPhrases", f"{len(single)} phrases of 1 token", lambda z: single(ids, z))
+
+    table = TokenBytes(Pieces(vocab), scheme="metaspace", proof=())
+    for n in counts:
+        forbidden = texts(n)
+        # Every row ends within a phrase, at a byte of its own.
+        context = torch.full_like(ids, 32)
+        for i in range(ROWS):
+            text = forbidden[(i * 7) % n].encode()
+            part = text[: 1 + i % (len(text) - 1)]
+            context[i, -len(part) :] = torch.tensor(list(part))
+        spelt = ForbiddenPhrases(forbidden, vocab, tokenizer=table, mode="bytes", boundary="word", scope="all")
+        yield step(
+            "ForbiddenPhrases, bytes",
+            f"{n} phrases of two words",
+            lambda z, p=spelt, c=context: p(c, z),  # type: ignore[misc]
+        )
+
+    largest, largest_texts = phrases(counts[3], vocab, lengths=several), texts(counts[3])
+    for kernel, build in (
+        ("ForbiddenPhrases, build", lambda: ForbiddenPhrases(largest, vocab)),
+        ("ForbiddenPhrases, bytes, build", lambda: ForbiddenPhrases(largest_texts, tokenizer=table, mode="bytes")),
+    ):
+        seconds = compare(build, lambda: NoBadWordsLogitsProcessor(largest), repeats=3, settle=False)
+        yield Row(kernel, f"{counts[3]} phrases", seconds[0], "NoBadWordsLogitsProcessor(...)", seconds[1])
