@@ -171,11 +171,34 @@ pub trait Element: Copy + Send + Sync + Debug + Default + PartialEq + 'static {
     fn finite(self) -> bool {
         self.load().is_finite()
     }
+    /// Signed integer of the same width.
+    type Key: Copy + Ord + Debug;
+    /// Ordered as the values are, -0 before +0; NaN lie beyond the infinity of their sign. Comparing keys takes no
+    /// conversion and as many lanes as the storage type allows.
+    fn key(self) -> Self::Key;
+    /// The value of a key.
+    fn from_key(key: Self::Key) -> Self;
+}
+
+macro_rules! keyed {
+    ($key:ty, $bits:ty) => {
+        type Key = $key;
+        #[inline(always)]
+        fn key(self) -> $key {
+            let bits = self.to_bits() as $key;
+            bits ^ (bits >> (<$key>::BITS - 1) & <$key>::MAX)
+        }
+        #[inline(always)]
+        fn from_key(key: $key) -> Self {
+            Self::from_bits((key ^ (key >> (<$key>::BITS - 1) & <$key>::MAX)) as $bits)
+        }
+    };
 }
 
 impl Element for f64 {
     type Acc = f64;
     const DTYPE: DType = DType::F64;
+    keyed!(i64, u64);
     #[inline(always)]
     fn load(self) -> f64 {
         self
@@ -189,6 +212,7 @@ impl Element for f64 {
 impl Element for f32 {
     type Acc = f32;
     const DTYPE: DType = DType::F32;
+    keyed!(i32, u32);
     #[inline(always)]
     fn load(self) -> f32 {
         self
@@ -202,6 +226,7 @@ impl Element for f32 {
 impl Element for bf16 {
     type Acc = f32;
     const DTYPE: DType = DType::BF16;
+    keyed!(i16, u16);
     #[inline(always)]
     fn load(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -219,6 +244,7 @@ impl Element for bf16 {
 impl Element for f16 {
     type Acc = f32;
     const DTYPE: DType = DType::F16;
+    keyed!(i16, u16);
     #[inline(always)]
     fn load(self) -> f32 {
         let h = u32::from(self.to_bits());
@@ -292,6 +318,35 @@ mod tests {
             }
             assert_eq!(bf16::store(b.load()).is_nan(), b.is_nan());
             assert_eq!(f16::store(h.load()).is_nan(), h.is_nan());
+        }
+    }
+
+    #[test]
+    fn keys_are_ordered_as_values() {
+        fn holds<T: Element>(a: T, b: T) {
+            let (x, y) = (a.load().to_f64(), b.load().to_f64());
+            if x < y {
+                assert!(a.key() < b.key(), "{a:?} {b:?}");
+            }
+            let infinity = T::store(T::Acc::INFINITY).key();
+            let negative = T::store(-T::Acc::INFINITY).key();
+            assert_eq!(x.is_nan(), a.key() > infinity || a.key() < negative);
+            let back = T::from_key(a.key());
+            assert!(back == a || x.is_nan() && back.load().is_nan());
+        }
+        for bits in 0..=u16::MAX {
+            for other in [
+                bits.wrapping_add(1),
+                bits ^ 0x8000,
+                bits.wrapping_mul(40_503),
+            ] {
+                holds(bf16::from_bits(bits), bf16::from_bits(other));
+                holds(f16::from_bits(bits), f16::from_bits(other));
+                let wide = |b: u16| u32::from(b) << 16 | u32::from(b);
+                holds(f32::from_bits(wide(bits)), f32::from_bits(wide(other)));
+                let wide = |b: u16| u64::from(wide(b)) << 32 | 1;
+                holds(f64::from_bits(wide(bits)), f64::from_bits(wide(other)));
+            }
         }
     }
 

@@ -387,6 +387,9 @@ impl Gate {
         let plans = par::try_map(bytes, (0..rows).collect(), |i| {
             self.plan(i, view.row(i), positions[i])
         })?;
+        // Only a forced row is written from end to end; for the others no thread is worth waking.
+        let forced = plans.iter().filter(|p| matches!(p.1, Action::Force(_)));
+        let bytes = forced.count() * width * size_of::<T>();
         par::for_each(bytes, logits.into_runs(1), |run| {
             self.write(run.data, &plans[run.first].1);
         });

@@ -116,21 +116,29 @@ impl<'a, T: Element> Blocks<'a, T> {
     }
 }
 
-/// The largest entry, and whether any is NaN.
+/// The largest entry, and whether any is NaN: the largest and the smallest key tell both in one pass.
 #[inline(always)]
 fn peak<T: Element>(block: &[T]) -> (T::Acc, bool) {
-    let mut nan = [0u32; simd::LANES];
+    let infinity = T::store(T::Acc::INFINITY).key();
+    let negative = T::store(-T::Acc::INFINITY).key();
+    let (mut high, mut low) = ([negative; simd::LANES], [infinity; simd::LANES]);
     let (chunks, rest) = block.as_chunks::<{ simd::LANES }>();
     for chunk in chunks {
         simd::prefetch(chunk, 2 * BLOCK, simd::LANES);
-        for (n, v) in nan.iter_mut().zip(chunk) {
-            *n |= u32::from(v.load().is_nan());
+        for ((h, l), v) in high.iter_mut().zip(&mut low).zip(chunk) {
+            let key = v.key();
+            *h = key.max(*h);
+            *l = key.min(*l);
         }
     }
-    for (n, v) in nan.iter_mut().zip(rest) {
-        *n |= u32::from(v.load().is_nan());
+    for ((h, l), v) in high.iter_mut().zip(&mut low).zip(rest) {
+        let key = v.key();
+        *h = key.max(*h);
+        *l = key.min(*l);
     }
-    (simd::max(block), nan.iter().fold(0, |a, b| a | b) != 0)
+    let high = high.into_iter().fold(negative, Ord::max);
+    let low = low.into_iter().fold(infinity, Ord::min);
+    (T::from_key(high).load(), high > infinity || low < negative)
 }
 
 /// `Σ e^{(x − max) · inverse_temperature}`. In two loops, since only one without accumulators is sure to vectorise.

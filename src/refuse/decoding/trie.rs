@@ -19,12 +19,36 @@ struct Node {
     out: u32,
 }
 
+/// What phrases are made of.
+pub trait Symbol: Copy + Ord + Default {
+    /// Its place in a table.
+    fn index(self) -> usize;
+}
+
+impl Symbol for u32 {
+    fn index(self) -> usize {
+        self as usize
+    }
+}
+
+impl Symbol for u16 {
+    fn index(self) -> usize {
+        usize::from(self)
+    }
+}
+
+/// Children of the root from which on it has a table: every search then begins with one access and not with a dozen,
+/// each of which misses the cache where a model ran since the last step.
+const WIDE: usize = 32;
+
 /// Nodes are in breadth-first order, the children of a node contiguous and ascending.
 #[derive(Debug)]
 pub struct Trie<S> {
     nodes: Vec<Node>,
     /// Symbol on the edge into each node.
     symbols: Vec<S>,
+    /// The root's child by symbol, or [`ROOT`]; empty where the root has few.
+    first: Vec<u32>,
 }
 
 /// The phrases that pass through a node.
@@ -36,15 +60,17 @@ pub struct Through {
     pub ends: bool,
 }
 
-impl<S: Copy + Ord + Default> Trie<S> {
+impl<S: Symbol> Trie<S> {
     /// The trie of phrases in ascending order without repeats, with what passes through each node; `lengths` is what
     /// counts as the length of each.
     pub fn new(sorted: &[Vec<S>], lengths: &[u32]) -> (Self, Vec<Through>) {
         let mut trie = Self {
             nodes: Vec::new(),
             symbols: Vec::new(),
+            first: Vec::new(),
         };
         let through = trie.grow(sorted, lengths);
+        trie.widen();
         trie.link();
         (trie, through)
     }
@@ -77,6 +103,17 @@ impl<S: Copy + Ord + Default> Trie<S> {
             });
         }
         found
+    }
+
+    fn widen(&mut self) {
+        let children = self.children(ROOT);
+        if children.len() < WIDE {
+            return;
+        }
+        self.first = vec![ROOT; self.symbols[children.end - 1].index() + 1];
+        for child in children {
+            self.first[self.symbols[child].index()] = child as u32;
+        }
     }
 
     fn link(&mut self) {
@@ -115,7 +152,7 @@ impl<S: Copy + Ord + Default> Trie<S> {
     }
 
     pub fn bytes(&self) -> usize {
-        self.nodes.len() * (size_of::<Node>() + size_of::<S>())
+        self.nodes.len() * (size_of::<Node>() + size_of::<S>()) + size_of_val(&self.first[..])
     }
 
     pub fn children(&self, node: u32) -> Range<usize> {
@@ -140,6 +177,9 @@ impl<S: Copy + Ord + Default> Trie<S> {
     /// State after `symbol` in `state`.
     pub fn step(&self, mut state: u32, symbol: S) -> u32 {
         loop {
+            if state == ROOT && !self.first.is_empty() {
+                return self.first.get(symbol.index()).copied().unwrap_or(ROOT);
+            }
             if let Some(next) = self.child(state, symbol) {
                 return next;
             }
