@@ -1,7 +1,7 @@
 //! abjure: kernels to study and change what a trained model refuses, forgets and can learn.
 //!
 //! The foundations ([`element`], [`simd`], [`par`], [`view`], [`moments`], [`linalg`], [`cancel`],
-//! [`error`]) know nothing of the wings ([`forget`], [`refuse`], [`protect`]), and the wings know
+//! [`error`]) know nothing of the wings ([`forget`], [`refuse`], [`protect`], [`measure`]), and the wings know
 //! nothing of each other. Python is named only in `python/`, behind the feature of that name.
 
 pub mod cancel;
@@ -9,6 +9,7 @@ pub mod element;
 pub mod error;
 pub mod forget;
 pub mod linalg;
+pub mod measure;
 pub mod moments;
 pub mod par;
 pub mod protect;

@@ -235,3 +235,9 @@ def ascend(
     plan: dict[str, Any],
     progress: Callable[[int], object] | None = None,
 ) -> tuple[list[float], list[tuple[int, float]], int]: ...
+
+# measure: matching
+def match_phrases(
+    texts: list[str | None], phrases: list[str], form: str, place: str, limit: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+def fold_text(text: str) -> str: ...

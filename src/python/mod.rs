@@ -10,6 +10,7 @@ mod experts;
 mod forget;
 mod logprobs;
 mod long;
+mod matching;
 mod protect;
 mod system;
 
@@ -22,5 +23,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     directions::register(m)?;
     experts::register(m)?;
     decoding::register(m)?;
-    protect::register(m)
+    protect::register(m)?;
+    matching::register(m)
 }

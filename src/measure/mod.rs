@@ -1,0 +1,3 @@
+//! Measuring: whether a change of refusals, memory or training data worked.
+
+pub mod matching;
