@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/forget.md", "docs/refuse-directions.md", "docs/refuse-decoding.md", "docs/protect.md"]
+PAGES = [
+    "README.md",
+    "docs/forget.md",
+    "docs/refuse-directions.md",
+    "docs/refuse-decoding.md",
+    "docs/protect.md",
+    "docs/measure-benchmarks.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
