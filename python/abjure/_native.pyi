@@ -238,6 +238,6 @@ def ascend(
 
 # measure: matching
 def match_phrases(
-    texts: list[str | None], phrases: list[str], form: str, place: str, limit: int
+    responses: list[Any], phrases: list[str], form: str, place: str, limit: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
 def fold_text(text: str) -> str: ...

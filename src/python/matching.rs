@@ -17,11 +17,11 @@ const NOTHING: i32 = -1;
 const BLANK: i32 = -2;
 const ABSENT: i32 = -3;
 
-/// Index of the first phrase in each text (-1 none, -2 a blank text, -3 None), where it begins and where it ends.
+/// Index of the first phrase in each response (-1 none, -2 a blank one, -3 missing), where it begins and where it ends.
 #[pyfunction]
 fn match_phrases<'py>(
     py: Python<'py>,
-    texts: &Bound<'py, PyList>,
+    responses: &Bound<'py, PyList>,
     phrases: Vec<String>,
     form: &str,
     place: &str,
@@ -43,30 +43,25 @@ fn match_phrases<'py>(
     };
     let matcher = Matcher::new(&phrases, form, place)?;
     // Strings do not change, and these hold on to them while the lock is released.
-    let held: Vec<Bound<'py, PyAny>> = texts.iter().collect();
+    let held: Vec<Bound<'py, PyAny>> = responses.iter().collect();
     let mut shown = Vec::with_capacity(held.len());
     for (i, item) in held.iter().enumerate() {
-        if item.is_none() {
+        if let Ok(text) = item.cast::<PyString>() {
+            let text = text.to_str().map_err(|_| {
+                let found = format!("a lone surrogate at index {i}");
+                Error::value("responses", "valid Unicode", found)
+            })?;
+            shown.push(Some(text));
+        } else if absent(item)? {
             shown.push(None);
-            continue;
-        }
-        let Ok(text) = item.cast::<PyString>() else {
-            let found = format!("{} at index {i}", item.get_type().name()?);
+        } else {
             return Err(Error::DType {
-                arg: "texts",
+                arg: "responses",
                 expected: "str".to_owned(),
-                found,
+                found: format!("{} at index {i}", item.get_type().name()?),
             }
             .into());
-        };
-        let text = text.to_str().map_err(|_| {
-            Error::value(
-                "texts",
-                "valid Unicode",
-                format!("a lone surrogate at index {i}"),
-            )
-        })?;
-        shown.push(Some(text));
+        }
     }
     let found = py.detach(|| matcher.find_all(&shown));
     let mut index = Vec::with_capacity(found.len());
@@ -91,6 +86,13 @@ fn match_phrases<'py>(
         PyArray1::from_vec(py, start),
         PyArray1::from_vec(py, end),
     ))
+}
+
+/// None, NaN, and the missing value of pandas.
+fn absent(item: &Bound<'_, PyAny>) -> PyResult<bool> {
+    Ok(item.is_none()
+        || item.extract::<f64>().is_ok_and(f64::is_nan)
+        || item.get_type().name()? == "NAType")
 }
 
 /// The text in the form in which refusals are compared.

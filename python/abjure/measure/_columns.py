@@ -11,11 +11,11 @@ from ..errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
 from ._arrays import Floats, host
 
 
-def column(x: Any, name: str, n: int | None = None) -> list[Any]:
-    """``x`` as a list of Python values, missing ones (None, NaN, the missing value of pandas) as None.
+def listed(x: Any, name: str) -> list[Any]:
+    """``x`` as a list of Python values, as they are.
 
     Raises:
-        ShapeError: not one axis, or not ``n`` long.
+        ShapeError: not one axis.
     """
     x = host(x)
     if isinstance(x, (str, bytes, Mapping)) or not isinstance(x, Iterable):
@@ -24,10 +24,17 @@ def column(x: Any, name: str, n: int | None = None) -> list[Any]:
         raise ShapeError(f"{name}: expected a column of shape (n,), got shape {getattr(x, 'shape', None)}")
     for reader in ("to_pylist", "to_list", "tolist"):  # Arrow; polars, pandas; NumPy
         if hasattr(x, reader):
-            found = list(getattr(x, reader)())
-            break
-    else:
-        found = list(x)
+            return list(getattr(x, reader)())
+    return list(x)
+
+
+def column(x: Any, name: str, n: int | None = None) -> list[Any]:
+    """``x`` as a list of Python values, missing ones (None, NaN, the missing value of pandas) as None.
+
+    Raises:
+        ShapeError: not one axis, or not ``n`` long.
+    """
+    found = listed(x, name)
     if n is not None and len(found) != n:
         raise ShapeError(f"{name}: expected {n} values, one per row, got {len(found)}")
     return [None if missing(v) else v for v in found]

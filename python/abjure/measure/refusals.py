@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .. import _native
 from ..errors import ArgumentError, DegenerateError, DTypeError
-from ._columns import names, texts
+from ._columns import listed, names
 from .rates import Rate, rate
 
 __all__ = [
@@ -318,7 +318,7 @@ def refusal_match(
         DTypeError: a response that is no string. ShapeError: not a column.
     """
     chosen = _chosen(lists, where, n, normalize, blank)
-    shown = texts(responses, "responses")
+    shown = listed(responses, "responses")
     single = [_match_one(shown, p) for p in chosen]
     if len(single) == 1:
         return single[0]
@@ -368,7 +368,7 @@ def _chosen(lists: Any, where: Any, n: Any, normalize: Any, blank: Any) -> list[
     return found
 
 
-def _match_one(shown: list[str | None], rule: PhraseList) -> RefusalMatches:
+def _match_one(shown: list[Any], rule: PhraseList) -> RefusalMatches:
     form = {"none": "exact", "lower": "lower", "refusal": "folded"}[rule.normalize]
     place = "trimmed_prefix" if rule.where == "prefix" and rule.trim else rule.where
     phrase, start, end = _native.match_phrases(shown, list(rule.phrases), form, place, int(rule.n or 0))
