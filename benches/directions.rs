@@ -8,6 +8,7 @@ use abjure::linalg::orthonormalize;
 use abjure::moments::{Moments, NonFinitePolicy};
 use abjure::refuse::directions::edit::Arithmetic;
 use abjure::refuse::directions::{Edit, NormPreserving, orthogonalize_columns};
+use abjure::refuse::experts::{Routing, count_selections};
 use abjure::view::{Rows, RowsMut};
 use common::{baseline, bytes, flops, group, ours, uniform};
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -16,8 +17,9 @@ use std::hint::black_box;
 
 const ROWS: usize = 8192;
 const WIDTH: usize = 4096;
-/// Of the covariance.
-const NARROW: usize = 1024;
+/// Activations of the covariance.
+const SAMPLES: usize = 4096;
+const NARROW: usize = 2048;
 const RANK: usize = 16;
 
 /// `rank` orthonormal rows of `width`.
@@ -98,23 +100,53 @@ fn moments<T: Element>(x: &Rows<'_, T>, second: bool) -> Moments {
     moments
 }
 
-/// In f64 whatever the dtype; a matrix product would take twice the operations that are counted here, since half of a
-/// symmetric matrix is enough.
+/// In f64 but for bf16. What is counted is the whole matrix product, though half of a symmetric matrix is enough: the
+/// rate compares with that of `matmul` of f32.
 fn covariance<T: Element>(c: &mut Criterion) {
-    let x = uniform::<T>(ROWS * NARROW, 3, -1.0, 1.0);
+    let x = uniform::<T>(SAMPLES * NARROW, 3, -1.0, 1.0);
     let x = Rows::matrix(&x, NARROW);
     let dtype = T::DTYPE.name();
     let mut g = group(c, "covariance");
-    g.throughput(flops(ROWS * NARROW * (NARROW + 1)));
+    g.throughput(flops(2 * SAMPLES * NARROW * NARROW));
     ours(&mut g, dtype, || moments(&x, true));
-    let setup = format!("x = torch.randn({ROWS}, {NARROW}).to(dtype)");
-    baseline(
-        &mut g,
-        "torch.cov",
-        dtype,
-        &setup,
-        "torch.cov(x.double().T)",
+    let setup = format!("x = torch.randn({SAMPLES}, {NARROW}).to(dtype)\ny = x.float()");
+    for (name, form) in [
+        ("torch.cov", "torch.cov(x.double().T)"),
+        ("torch f32 product", "y.T @ y"),
+    ] {
+        baseline(&mut g, name, dtype, &setup, form);
+    }
+    g.finish();
+}
+
+/// What a router chose for 262144 tokens of 64 prompts: 8 of 128 experts.
+fn expert_counts(c: &mut Criterion) {
+    const TOKENS: usize = 1 << 18;
+    const EXPERTS: usize = 128;
+    const CHOSEN: usize = 8;
+    const PROMPTS: usize = 64;
+    let pick = |i: usize| (i.wrapping_mul(2654435761) >> 7) % EXPERTS;
+    let ids: Vec<i64> = (0..TOKENS * CHOSEN).map(|i| pick(i) as i64).collect();
+    let prompts: Vec<i64> = (0..TOKENS).map(|i| (i * PROMPTS / TOKENS) as i64).collect();
+    let weights = uniform::<bf16>(TOKENS * CHOSEN, 5, 0.0, 1.0);
+    let routing = Routing {
+        ids: &ids,
+        k: CHOSEN,
+        weights: Some(&weights),
+        prompts: Some(&prompts),
+    };
+    let mut g = group(c, "count_experts");
+    g.throughput(bytes(size_of_val(&ids[..]) + size_of_val(&weights[..])));
+    ours(&mut g, "bfloat16", || {
+        count_selections(black_box(routing), PROMPTS, EXPERTS).expect("known experts")
+    });
+    let setup = format!(
+        "ids = torch.randint({EXPERTS}, ({TOKENS}, {CHOSEN}))\n\
+         owners = torch.arange({TOKENS}) * {PROMPTS} // {TOKENS}\n\
+         gates = torch.rand({TOKENS}, {CHOSEN}).to(dtype)"
     );
+    let form = format!("count_experts(ids, gates, owners, {PROMPTS}, {EXPERTS})");
+    baseline(&mut g, "torch", "bfloat16", &setup, &form);
     g.finish();
 }
 
@@ -166,6 +198,8 @@ fn all(c: &mut Criterion) {
     weights::<f16>(c);
     weights::<f64>(c);
     common::matmul::<f64>(c);
+    common::matmul::<f32>(c);
+    expert_counts(c);
     covariance::<f32>(c);
     covariance::<bf16>(c);
     covariance::<f64>(c);

@@ -7,6 +7,7 @@
 use crate::element::Real;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
+use std::ops::Range;
 
 /// The arithmetic types faer multiplies.
 pub trait Gemm: Real + faer::traits::ComplexField {}
@@ -35,6 +36,25 @@ impl<'a, R: Gemm> Mat<'a, R> {
             rows,
             cols,
             stride,
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Some of the rows.
+    pub fn slice_rows(self, rows: Range<usize>) -> Self {
+        Self {
+            data: &self.data[rows.start * self.stride..],
+            rows: rows.len(),
+            ..self
         }
     }
 

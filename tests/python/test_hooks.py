@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -254,7 +256,7 @@ def test_bad_arguments(llama):
     before = hooks_of(llama)
     cases = [
         (lambda: refuse.recording(llama, 3), abjure.ArgumentError, "layers:"),
-        (lambda: refuse.recording(llama, "model.layers.9"), abjure.ArgumentError, "layers:"),
+        (lambda: refuse.recording(llama, "model.layers.9"), abjure.ArgumentError, r"layers: .*'model\.layers\.1'"),
         (lambda: refuse.recording(llama, [True]), abjure.DTypeError, "layers:"),
         (lambda: refuse.recording(llama, site="mid"), abjure.ArgumentError, "site:"),
         (lambda: refuse.recording(llama, keep="none"), abjure.ArgumentError, "keep:"),
@@ -274,6 +276,25 @@ def test_bad_arguments(llama):
         with pytest.raises(error, match=match), manager():
             pass
     assert hooks_of(llama) == before
+
+
+def test_a_model_without_memory_is_refused_and_left_without_hooks(llama):
+    model = copy.deepcopy(llama).to("meta")
+    before, q = hooks_of(model), np.ones(32)
+    ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    for manager in (
+        lambda: refuse.recording(model),
+        lambda: refuse.recording(model, site="post", positions="last"),
+        lambda: refuse.ablating(model, q),
+        lambda: refuse.steering(model, q, 1),
+    ):
+        with pytest.raises(abjure.DeviceError, match="meta"), manager():
+            model(ids)
+        assert hooks_of(model) == before
+    with pytest.raises(abjure.DeviceError, match="meta"):
+        refuse.orthogonalize_model_(model, q)
+    with pytest.raises(abjure.DeviceError, match="CPU tensor, got device 'meta'"):
+        refuse.Contrast().update(torch.ones(4, 32, device="meta"), 1)
 
 
 HARMFUL = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import refuse
+from .. import _native, refuse
 from . import plain
 from .timing import Row, compare
 
@@ -32,6 +32,8 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(max(64, int(4096 * scale)), 4096).to(dtype)
         yield _weights(weight, rng.standard_normal(len(weight)), str(dtype).removeprefix("torch."))
+    yield _covariance(max(64, int(4096 * scale)), 2048)
+    yield _experts(max(64, int(262144 * scale)))
     yield _probe(max(64, int(20000 * scale)), max(16, int(2048 * scale)))
 
 
@@ -64,6 +66,31 @@ def _projection(x: Any, q: Any, name: str, size: int) -> Row:
 def _means(x: Any, name: str, size: int) -> Row:
     ours, theirs = compare(lambda: refuse.Contrast().update(x, 1), lambda: x.double().mean(0))
     return Row("Contrast.update", f"{len(x)}x{x.shape[1]} {name}", ours, "torch x.double().mean(0)", theirs, size)
+
+
+def _covariance(n: int, d: int) -> Row:
+    """Against the f32 matrix product that a covariance is at least, on rows that are already f32 and centred."""
+    import torch
+
+    wide = torch.randn(n, d)
+    x = wide.bfloat16()
+    ours, theirs = compare(lambda: refuse.Contrast(covariance=True).update(x, 1), lambda: wide.T @ wide)
+    return Row(
+        "Contrast.update", f"{n}x{d} bfloat16, covariance", ours, "torch f32 x.T @ x", theirs, flops=2 * n * d * d
+    )
+
+
+def _experts(tokens: int, k: int = 8, experts: int = 128, prompts: int = 64) -> Row:
+    import torch
+
+    ids, gates = torch.randint(experts, (tokens, k)), torch.rand(tokens, k).bfloat16()
+    owners = torch.arange(tokens) * prompts // tokens
+    tables = (ids.numpy(), gates, owners.numpy(), prompts, experts)
+    ours, theirs = compare(
+        lambda: _native.count_experts(*tables), lambda: plain.count_experts(ids, gates, owners, prompts, experts)
+    )
+    case = f"{tokens} tokens, {k} of {experts} experts, {prompts} prompts"
+    return Row("count_experts", case, ours, "torch bincount", theirs, ids.numel() * 10)
 
 
 def _weights(weight: Any, q: Any, name: str) -> Row:

@@ -62,6 +62,14 @@ def orthogonalize(w: Any, r: Any) -> Any:
     return (t - (t @ r).unsqueeze(-1) * r).T.contiguous()
 
 
+def count_experts(ids: Any, gates: Any, owners: Any, prompts: int, experts: int) -> tuple[Any, Any]:
+    """How often each prompt's tokens chose each expert, and the sums of their gates, through indices of both."""
+    flat = (owners.unsqueeze(-1) * experts + ids).flatten()
+    counts = torch.bincount(flat, minlength=prompts * experts)
+    sums = torch.bincount(flat, gates.flatten().double(), minlength=prompts * experts)
+    return counts.view(prompts, experts), sums.view(prompts, experts)
+
+
 def row_max_gap(z: Any, token: int) -> Any:
     """A token's logit above the largest of the others."""
     return z[:, token] - torch.maximum(z[:, :token].amax(1), z[:, token + 1 :].amax(1))

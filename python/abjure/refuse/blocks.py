@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,8 @@ def select_modules(model: nn.Module, layers: Layers, blocks: str | None) -> dict
         modules = dict(model.named_modules())
         unknown = [name for name in layers if name not in modules]
         if unknown:
-            raise ArgumentError(f"layers: expected names of modules, got {unknown[0]!r}")
+            near = difflib.get_close_matches(str(unknown[0]), modules, 8, 0.0)
+            raise ArgumentError(f"layers: expected names of modules, such as {near}, got {unknown[0]!r}")
         return {name: modules[str(name)] for name in layers}
     path, found = decoder_blocks(model, blocks)
     if layers is None:
@@ -88,6 +90,7 @@ def select_modules(model: nn.Module, layers: Layers, blocks: str | None) -> dict
         if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
             raise DTypeError(f"layers: expected integers or module names, got {layer!r}")
         if not -len(found) <= layer < len(found):
-            raise ArgumentError(f"layers: expected -{len(found)} to {len(found) - 1} ({path}), got {layer}")
+            known = f"-{len(found)} to {len(found) - 1} ({path} has the blocks 0 to {len(found) - 1})"
+            raise ArgumentError(f"layers: expected {known}, got {layer}")
         selected[int(layer) % len(found)] = found[int(layer)]
     return selected

@@ -29,7 +29,10 @@ class Contrast:
 
     Class 1 is the one the directions point to (harmful, refused). Memory is two means of d numbers, plus two d × d
     matrices with ``covariance=True``. Batches are merged by Chan's formula, so a common offset costs no accuracy, and
-    the result does not depend on the number of threads.
+    the result does not depend on the number of threads. Half-precision rows are added eight at a time in f32, which
+    costs a mean at most ``2⁻²²`` of the mean magnitude; second moments of bf16 rows are multiplied in f32, 256 rows at
+    a time: element (i, j) of the covariance is off by at most ``2⁻¹⁵`` (as a rule 1e-7) times the mean of ``|aᵢ aⱼ|``,
+    a the centred activations. Where that matters pass ``x.float()``, whose sums and products are float64.
 
     Args:
         covariance: keep second moments, which :meth:`pca`, :meth:`lda` and :meth:`leace` need.
@@ -111,7 +114,7 @@ class Contrast:
         width = _width(x)
         rows = source(x, "x")
         labels = integers(label, "label").reshape(np.shape(label))
-        if not np.isin(labels, (0, 1)).all():
+        if not ((labels == 0) | (labels == 1)).all():
             raise ArgumentError(f"label: expected 0 or 1, got {np.setdiff1d(labels, (0, 1))[0]}")
         if labels.ndim and labels.shape != tuple(rows.shape[:-1]):
             raise ShapeError(f"label: expected a scalar or shape {tuple(rows.shape[:-1])}, got {labels.shape}")
@@ -297,6 +300,14 @@ class Contrast:
             raise DegenerateError(f"label: too few activations for a covariance, got counts {self.counts}")
         return classes[0].second, classes[1].second
 
+    def _full_rank(self, rank: int, shrinkage: float) -> None:
+        """Refuses a covariance that too few rows leave singular; rounding may hide it from a factorisation."""
+        width = self._classes()[0].width
+        if shrinkage == 0 and rank < width:
+            raise DegenerateError(
+                f"x: the covariance is singular, {sum(self.counts)} activations of width {width}; pass shrinkage > 0"
+            )
+
     def pca(self) -> Direction:
         """First principal component about the midpoint of the class means, classes weighted equally; unit length.
 
@@ -360,6 +371,7 @@ class Contrast:
         if not 0 <= _finite(shrinkage, "shrinkage") <= 1:
             raise ArgumentError(f"shrinkage: expected a number in [0, 1], got {shrinkage}")
         scatter = self._scatters(1)
+        self._full_rank(sum(self.counts) - 2, shrinkage)
         within = _shrunk((scatter[0] + scatter[1]) / (sum(self.counts) - 2), shrinkage)
         return self._direction(_solve(within, self._difference()), "lda", shrinkage=float(shrinkage))
 
@@ -378,6 +390,7 @@ class Contrast:
         if not 0 <= _finite(shrinkage, "shrinkage") <= 1:
             raise ArgumentError(f"shrinkage: expected a number in [0, 1], got {shrinkage}")
         self._scatters(1)
+        self._full_rank(sum(self.counts) - 1, shrinkage)
         low, high = self._classes()
         pooled = low.copy()
         pooled.merge(high.copy())

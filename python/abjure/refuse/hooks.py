@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..errors import ArgumentError, DTypeError, ShapeError
+from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from .architectures import ARCHITECTURES, branch_modules, text_config
 from .blocks import Layers, select_modules
 from .directions import Direction, Edit, Site, _vector, orthonormal_basis, single_vector, steering_edit
@@ -187,6 +187,7 @@ def recording(
 
     Raises:
         ArgumentError, DTypeError: an argument does not fit the model. ShapeError: a position outside the sequence.
+        DeviceError: the model is on ``meta``, where activations have no values.
     """
     check_site(site)
     if keep not in ("last", "all"):
@@ -196,7 +197,12 @@ def recording(
     attach = _on_input if site == "pre" else _on_output
 
     def watch(layer: int | str) -> Callable[[Any], None]:
-        return lambda hidden: record._store(layer, _at(hidden.detach(), index).clone())
+        def keep_copy(hidden: torch.Tensor) -> None:
+            if hidden.device.type == "meta":
+                raise DeviceError(f"model: expected activations with memory in layer {layer}, got device 'meta'")
+            record._store(layer, _at(hidden.detach(), index).clone())
+
+        return keep_copy
 
     modules = select_modules(model, layers, blocks)
     with _attached([lambda m=m, k=k: attach(m, watch(k)) for k, m in modules.items()]):  # type: ignore[misc]
