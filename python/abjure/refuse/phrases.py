@@ -283,6 +283,37 @@ class ForbiddenPhrases:
         prompt = self._prompt.lengths(input_ids) if self.scope == "output" else None
         return self._write(input_ids, scores, prompt)
 
+    @property
+    def reach(self) -> int:
+        """Tokens of the context that :meth:`rows_` looks at.
+
+        Raises:
+            ArgumentError: special tokens are transparent: any number of them may stand within a phrase.
+        """
+        if self._silent is not None:
+            raise ArgumentError(
+                "special: expected 'break' for rows of engines, whose contexts are cut; got 'transparent'"
+            )
+        return int(self._reach)
+
+    def rows_(self, scores: Any, context: Any, length: Any, generated: Any) -> None:
+        """As the call, for rows of unequal progress, as engines have them; see ``abjure.integrations``.
+
+        Args:
+            scores: ``(rows, vocabulary)``, written in place.
+            context: ``(rows, width)`` int64, the ends of the rows' contexts on the right, at least :attr:`reach` wide
+                where there is that much.
+            length: ``(rows,)`` how many of these are tokens; those to the left of them are not.
+            generated: ``(rows,)`` response tokens so far; a row with a negative number counts as one with none.
+
+        Raises:
+            As the call.
+        """
+        expect_context(context, scores)
+        width = context.shape[1]
+        matched = np.minimum(length, np.maximum(generated, 0)) if self.scope == "output" else np.asarray(length)
+        self._write(context, scores, np.ascontiguousarray(width - np.minimum(matched, width), dtype=np.int64))
+
     def _write(self, input_ids: Any, scores: Any, prompt: np.ndarray[Any, Any] | None) -> Any:
         """What a call does, once it is known how many tokens of each row are its prompt (None: all are matched)."""
         if self.vocab_size is not None and scores.shape[1] != self.vocab_size:

@@ -20,13 +20,15 @@ import numpy as np
 
 from .. import _native
 from .._interop import device_path, integers, is_torch, shape, source, target
-from ..errors import ArgumentError, DTypeError, ShapeError
+from ..errors import ArgumentError, DegenerateError, DTypeError, ShapeError
 from ._position import Prompt
 
 ArrayT = TypeVar("ArrayT")
 Group = int | Sequence[int]
 Rule = Literal["ratio", "argmax_then_threshold", "mass"]
 
+#: Entries of a row that are read first to see that it has a token left.
+_PEEK = 64
 #: Verdicts of a gate that are not a category.
 NO_FIRE, NOT_SELECTED, NOT_ASKED = -1, -2, -3
 
@@ -335,14 +337,35 @@ class RefusalTokens:
             DegenerateError: a row would be left without a token.
         """
         expect_context(input_ids, scores)
-        width = input_ids.shape[1]
-        lengths = self._prompt.lengths(input_ids)
-        asked = width == lengths if self.position == "first" else width >= lengths
+        self._write(scores, input_ids.shape[1] - self._prompt.lengths(input_ids))
+        return scores
+
+    #: Tokens of the context that :meth:`rows_` looks at.
+    reach = 0
+
+    def rows_(self, scores: Any, context: Any, length: Any, generated: Any) -> None:
+        """As the call, for rows of unequal progress, as engines have them; see ``abjure.integrations``.
+
+        Args:
+            scores: ``(rows, vocabulary)``, written in place.
+            context, length: not looked at.
+            generated: ``(rows,)`` response tokens so far; a row with a negative number is left as it is.
+
+        Raises:
+            As the call.
+        """
+        expect_a_token(scores)
+        self._write(scores, generated)
+
+    def _write(self, scores: Any, generated: Any) -> None:
+        asked = generated == 0 if self.position == "first" else generated >= 0
         positions = asked.astype(np.int64)
         if self.elsewhere == "mask":
-            positions[(width > lengths) & ~asked] = 2
+            positions[(generated > 0) & ~asked] = 2
         if not positions.any():
-            return scores
+            return
+        if -math.inf in self.bias:
+            self._expect_left(scores, np.flatnonzero(asked))
         path = device_path(scores, "gate_")
         if path is not None:
             verdicts = path(scores, positions, self)
@@ -351,7 +374,17 @@ class RefusalTokens:
                 verdicts = self._gate.apply_(z, positions)
         if asked.any():
             self.verdicts = verdicts
-        return scores
+
+    def _expect_left(self, scores: Any, rows: Any) -> None:
+        """Checks that biases of -inf do not take the only tokens of a row; the kernel adds biases without a look."""
+        banned = [i for b, ids in zip(self.bias, self.categories.values(), strict=True) if b == -math.inf for i in ids]
+        if not (is_torch(scores) or isinstance(scores, np.ndarray)) or max(banned) >= scores.shape[1]:
+            return  # the latter is an error of the kernel's
+        for row in rows.tolist():
+            left = scores[row] != -math.inf
+            left[banned] = False
+            if not bool(left.any()):
+                raise DegenerateError(f"bias: expected a token to be left in each row, got none in row {row}")
 
 
 def single_token(tokenizer: Any, text: str) -> int:
@@ -376,9 +409,33 @@ def expect_context(input_ids: Any, scores: Any) -> None:
     Raises:
         ShapeError: not ``(rows, length)`` ids and ``(rows, vocabulary)`` scores.
         DTypeError: not arrays.
+        DegenerateError: a row that has no token left before anything was written.
     """
     ids, z = shape(input_ids, "input_ids"), shape(scores, "scores")
     if len(z) != 2:
         raise ShapeError(f"scores: expected shape (rows, vocabulary), got {z}")
     if len(ids) != 2 or ids[0] != z[0]:
         raise ShapeError(f"input_ids: expected shape ({z[0]}, length), got {ids}")
+    expect_a_token(scores)
+
+
+def expect_a_token(scores: Any) -> None:
+    """Checks that every row of host memory has a token left: a row of -inf becomes NaN in every softmax after it.
+
+    Reads a few entries of a row that has one among them, as rows do; the whole of others. Arrays of other libraries are
+    left to the kernels.
+
+    Raises:
+        DegenerateError: a row of -inf only (or without a vocabulary), with its index.
+    """
+    if is_torch(scores):
+        if not scores.is_cpu:
+            return
+        few = (scores[:, :_PEEK] == -math.inf).all(1).nonzero()[:, 0].tolist()
+    elif not isinstance(scores, np.ndarray):
+        return
+    else:
+        few = np.flatnonzero((scores[:, :_PEEK] == -np.inf).all(1)).tolist()
+    for row in few:
+        if bool((scores[row] == -math.inf).all()):
+            raise DegenerateError(f"scores: expected a token that is not -inf in each row, got none in row {row}")
