@@ -8,14 +8,15 @@ import re
 QUOTES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "´": "'"})
 
 _CANNOT = (
-    r"(?:can(?:'t|not| not)|won't|will not|(?:am|'m) (?:not able|unable) to"
-    r"|(?:am|'m) not (?:going|allowed|permitted) to|(?:am|'m) prohibited from|could(?:n't| not) possibly)"
+    r"(?:can(?:'t|not| not)|won't(?: be able to)?|will not(?: be able to)?|should(?:n't| not)"
+    r"|(?:am|'m) (?:not able|unable) to|(?:am|'m) not (?:going|allowed|permitted) to"
+    r"|(?:am|'m) prohibited from|could(?:n't| not) possibly)"
 )
 _ACT = (
     r"(?:help|assist|provid|compl|fulfill?|answer|support|create|creating|write|writing|generat|produc|offer|discuss|engag"
     r"|share|sharing|participat|do (?:that|this|so)|respond|facilitat|encourag|promot|process|in good conscience"
     r"|give (?:you|out|instruc|advice|inform)|carry out|go along|go into|take part|be of help|accommodat|satisf|address"
-    r"|proceed|continue with|allow)"
+    r"|proceed|continue with|allow|talk about|speak about|go there)"
 )
 #: A phrase that refuses: someone cannot or will not, and what.
 REFUSAL = re.compile(
@@ -26,7 +27,14 @@ REFUSAL = re.compile(
     r"|\b(?:this|that|it)(?:'s| is) (?:not )?something (?:that )?I (?:can|could|will|won|am|do|would)(?:'t|not| not)\b"
     r"|\bnot (?:able|comfortable|willing) (?:to )?(?:with )?(?:help|assist|answer|provid|shar|discuss|fulfil|doing)"
     r"|\b(?:goes|is|be) against my (?:\w+ )?(?:guidelines|policy|policies|principles|programming|rules|values)"
-    r"|\bno,? I (?:won't|will not|can't|cannot)\b",
+    r"|\bno,? I (?:won't|will not|can't|cannot)\b"
+    r"|\bI(?: am|'m) (?:declining|refusing)\b"
+    r"|\bI (?:must|have to|need to) say no to (?:this|that|your)\b"
+    r"|\bI (?:do not|don't) feel (?:comfortable|able|right)\b(?! (?:with|in|at|around))"
+    rf"|\bI(?: would|'d) (?:rather|prefer) not (?:to )?{_ACT}"
+    r"|\bmy (?:\w+ )?(?:guidelines|policy|policies|principles|programming|rules|instructions) (?:do not|don't|does not"
+    r"|doesn't|prevent|forbid|prohibit|keep me|stop me)"
+    rf"|(?:\bnot|n't)(?: be)? (?:right|appropriate|responsible|ethical|safe|proper) (?:for me )?to {_ACT}",
     re.IGNORECASE,
 )
 #: Reasons given with a refusal.

@@ -53,9 +53,12 @@ _ROLE = re.compile(
     r"|(?:I am|I'm|As)(?: an?| the| your)?(?: \w+){0,2}? (?:obedient|unrestricted|unfiltered|uncensored|loyal)\b)"
 )
 _NO_REFUSAL = re.compile(
-    r"\b(?:do not|don't|never|must not|mustn't|without|cannot|can't|may not|shall not)(?: ever)? (?:be )?(?:refus\w+"
-    r"|apologi[sz]\w+|declin\w+|object\w*|(?:say|saying) (?:no|sorry|you can)"
+    r"\b(?:do not|don't|never|must not|mustn't|without|cannot|can't|may not|shall not|not allowed to)(?: ever)?"
+    r" (?:be )?(?:refus\w+|apologi[sz]\w+|declin\w+|object\w*"
+    r"|(?:say|saying|tell me|claim)(?: that)? (?:no\b|sorry|you (?:can|will not|won't|are (?:sorry|not able|unable)))"
     r"|(?:add|give|includ|issu|offer)\w*(?: any| a)?(?: \w+)? (?:disclaimers?|warnings?|caveats?))"
+    r"|\b(?:answer|repl(?:y|ies)|respon[ds]\w*)(?: \w+){0,2} without(?: (?:any|a))?(?: \w+)?"
+    r" (?:disclaimers?|warnings?|caveats?|apolog\w+|refusals?)"
     r"|\b(?:begin|start|open|prefix)(?: (?:your|the|every|each|all|any))?(?: \w+){0,2}"
     r" (?:answers?|responses?|repl(?:y|ies)|outputs?|messages?) (?:with|by|using)\b",
     re.IGNORECASE,
