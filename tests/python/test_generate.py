@@ -15,7 +15,12 @@ from transformers import (
 )
 
 from abjure import refuse
-from abjure.integrations.transformers import ForbiddenPhrasesProcessor, RefusalTokensProcessor
+from abjure.errors import ArgumentError, DegenerateError
+from abjure.integrations.transformers import (
+    ForbiddenPhrasesProcessor,
+    RefusalTokensProcessor,
+    continuous_batching,
+)
 
 WAYS = {
     "greedy": {"do_sample": False},
@@ -138,6 +143,119 @@ def test_left_padding_keeps_the_border_of_each_prompt(tiny):
         )
         assert (int(out[0, 4]) == phrase[1]) == kept
         assert torch.equal(out[1], free[1]) or not kept
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bias_raises_and_lowers_a_token(tiny, one_thread, way):
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    opener = int(generate(tiny, prompt[:1], [], way)[0, 0])
+    assert (generate(tiny, prompt, [RefusalTokensProcessor({"a": 11}, bias=60.0)], way)[:, 0] == 11).all()
+    for bias in (-60.0, -math.inf):
+        assert (generate(tiny, prompt, [RefusalTokensProcessor({"a": opener}, bias=bias)], way)[:, 0] != opener).all()
+
+
+def test_a_row_without_a_token_stops_the_generation(tiny, one_thread):
+    def empty(input_ids, scores):
+        return scores.index_fill(0, torch.tensor([1]), -math.inf) if input_ids.shape[1] == 5 else scores
+
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    for processor in (RefusalTokensProcessor({"a": 11}), ForbiddenPhrasesProcessor([[11, 12]])):
+        with pytest.raises(DegenerateError, match="row 1"):
+            generate(tiny, prompt, [empty, processor], "sampling")
+
+
+def batched(model, requests, profiles, sample=False, staggered=False):
+    """Responses under continuous batching; requests are (prompt, new tokens, profile)."""
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    config = GenerationConfig(do_sample=sample, eos_token_id=-1, pad_token_id=0, temperature=1.5, top_k=0)
+    plain = ContinuousBatchingConfig(
+        use_async_batching=False, num_blocks=64, page_size=4, max_batch_tokens=32, allow_block_sharing=False
+    )
+    manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=plain)
+    made = continuous_batching(manager, profiles)
+    manager.start()
+    try:
+        found = {}
+        for i, (prompt, tokens, profile) in enumerate(requests):
+            options = {} if profile is None else {"abjure": profile}
+            manager.add_request(prompt, request_id=str(i), max_new_tokens=tokens, **options)
+            while staggered and i % 2 and str(i) not in found:
+                # The next request joins when this one has left, while others may be running.
+                if (out := manager.get_result(timeout=60)) is not None and out.is_finished():
+                    found[out.request_id] = out
+        while len(found) < len(requests):
+            out = manager.get_result(timeout=60)
+            assert out is not None, "the manager stopped"
+            if out.is_finished():
+                found[out.request_id] = out
+    finally:
+        manager.stop(block=True)
+    return [found[str(i)] for i in range(len(requests))], made
+
+
+@pytest.mark.parametrize("staggered", [False, True])
+def test_continuous_batching_is_each_request_by_itself(tiny, one_thread, staggered):
+    """Greedy tokens are those of `generate()` with new processors, whatever else is in the batch."""
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 6, 7], [20], [21, 22, 23]]
+    free = [generate(tiny, torch.tensor([p]), [], "greedy", 8)[0].tolist() for p in prompts]
+    phrases = [list(p) for p in {tuple(row[i : i + 2]) for row in free for i in (1, 4)} if EOS not in p]
+    profiles = {
+        "phrases": [refuse.ForbiddenPhrases(phrases, 32)],
+        "gate": [refuse.RefusalTokens({"a": 11}, threshold=-math.inf, elsewhere="mask")],
+        "off": [],
+    }
+    fresh = {
+        "phrases": lambda: [ForbiddenPhrasesProcessor(phrases, 32)],
+        "gate": lambda: [RefusalTokensProcessor({"a": 11}, threshold=-math.inf, elsewhere="mask")],
+        "off": list,
+    }
+    names = [None, "gate", "off", "gate", "phrases", None]
+    requests = [(p, 4 + i % 3 * 2, n) for i, (p, n) in enumerate(zip(prompts, names, strict=True))]
+    found, _ = batched(tiny, requests, profiles, staggered=staggered)
+    for (prompt, tokens, name), out in zip(requests, found, strict=True):
+        assert out.error is None
+        alone = tiny.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList(fresh[name or "phrases"]()),
+        )
+        assert out.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+def test_continuous_batching_sampled(tiny, one_thread):
+    torch.manual_seed(0)
+    phrases = [[i, j] for i in range(3, 32) for j in (7, 8, 9)]
+    found, _ = batched(tiny, [([5, 6], 12, None)] * 4, [refuse.ForbiddenPhrases([*phrases, [11]], 32)], sample=True)
+    for out in found:
+        assert out.error is None
+        assert len(out.generated_tokens) == 12
+        assert not any(contains(out.generated_tokens, p) for p in [*phrases, [11]])
+
+
+def test_continuous_batching_errors(tiny, one_thread):
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    found, made = batched(tiny, [([5, 6], 4, None)], [refuse.ForbiddenPhrases([[i] for i in range(32)], 32)])
+    assert "token" in found[0].error
+    assert found[0].generated_tokens == []
+    # A preempted request carries its response at the end of its prompt.
+    state = type("State", (), {"initial_tokens": [5, 6, 7], "_true_initial_tokens": 2, "generated_tokens": [9]})()
+    state.logit_processor_kwargs = {}
+    number = int(made.prepare_tensor_args([type("Future", (), {"state": state})()])[0])
+    assert (made._waiting[number].prompt, made._waiting[number].output) == ([5, 6], [7, 9])
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    late = tiny.init_continuous_batching(
+        generation_config=config, continuous_batching_config=ContinuousBatchingConfig(use_async_batching=True)
+    )
+    with pytest.raises(ArgumentError, match="async"):
+        continuous_batching(late, [])
 
 
 @pytest.mark.effect

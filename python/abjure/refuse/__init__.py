@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .aligned_prefill import AlignedPrefill, Opening, RefusalRecheck, aligned_prefill
 from .any_depth import (
     AnyDepthCriterion,
     AnyDepthGuard,
@@ -108,6 +109,7 @@ from .weights import WeightReport, orthogonalize_
 __all__ = [
     "ARCHITECTURES",
     "Activations",
+    "AlignedPrefill",
     "AnchorSpace",
     "AnyDepthCriterion",
     "AnyDepthGuard",
@@ -149,6 +151,7 @@ __all__ = [
     "LinearProbe",
     "MeanCurve",
     "ModelEditReport",
+    "Opening",
     "OverRefusalSearch",
     "PatternRate",
     "ProbeConvergenceWarning",
@@ -161,6 +164,7 @@ __all__ = [
     "Recording",
     "RefusalAwareSplit",
     "RefusalProbe",
+    "RefusalRecheck",
     "RefusalTokens",
     "SafetyPrompt",
     "SemanticMatcher",
@@ -174,6 +178,7 @@ __all__ = [
     "ablating",
     "ablating_heads",
     "affine_ablate_",
+    "aligned_prefill",
     "anchor_states",
     "answer_confidence",
     "answer_entropy",
