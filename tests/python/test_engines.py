@@ -498,6 +498,35 @@ def test_installed_sglang_sends_the_class_as_a_string():
     assert torch.nonzero(out[0] == -INF)[:, 0].tolist() == [2, 3, 9]
 
 
+# Phrases in bytes
+
+
+def test_bytes_reach_as_far_as_they_must():
+    """Tokens without text may stand in a phrase in any number: the whole context counts then, here and in drafts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    a, b, c, eos = (tokenizer.convert_tokens_to_ids(t) for t in ("a", "b", "c", "<eos>"))
+    made = ForbiddenPhrases(["abc"], tokenizer=tokenizer, mode="bytes", scope="all")
+    width = len(tokenizer)
+    rows = [([a], [b]), ([a, *[eos] * 20], [b, *[eos] * 9]), ([a], [c]), ([], [])]
+    wanted = [bool(i < 2) for i in range(4)]
+    found = _requests.Profiles([made]).write_(torch.zeros(4, width), [row(o, p) for p, o in rows])
+    assert [bool(r[c] == -INF) for r in found] == wanted
+    alone = [
+        ForbiddenPhrases(["abc"], tokenizer=tokenizer, mode="bytes", scope="all")(
+            np.array([p + o]), np.zeros((1, width))
+        )
+        for p, o in rows[:3]
+    ]
+    assert [bool(r[0, c] == -INF) for r in alone] == wanted[:3]
+
+
 # Bad input, whatever the engine
 
 

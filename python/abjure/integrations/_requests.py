@@ -84,7 +84,8 @@ class Profiles:
                 known yet. Others as the processors.
         """
         names = [None if row is None else row.profile for row in rows]
-        reach = self.reach(names)
+        longest = max((len(row.prompt) + len(row.output) for row in rows if row is not None), default=0)
+        reach = min(self.reach(names), longest)
         context = np.zeros((len(rows), reach), dtype=np.int64)
         length = np.zeros(len(rows), dtype=np.int64)
         generated = np.full(len(rows), -1, dtype=np.int64)
@@ -115,7 +116,7 @@ class Profiles:
                 # A slice is a view; picked rows are a copy, to be put back.
                 view = scores[part]
                 for processor in processors:
-                    tail = context[part, context.shape[1] - int(processor.reach) :]
+                    tail = context[part, max(0, context.shape[1] - int(processor.reach)) :]
                     processor.rows_(view, np.ascontiguousarray(tail), length[part], generated[part])
                 if not isinstance(part, slice):
                     scores[part] = view

@@ -165,7 +165,7 @@ class _V2:
         slots, pos, local = (x.long() for x in (ctx.expanded_idx_mapping, ctx.pos, ctx.expanded_local_pos))
         slot, at = torch.stack([slots, pos]).cpu().numpy()
         names = [self.names[i] for i in slot]
-        reach = self.profiles.reach(names)
+        reach = min(self.profiles.reach(names), int(at.max(initial=-1)) + 1)
         # Rows sample the token after position `pos`; before the prompt's last token (a prefill in parts) it is dropped.
         generated = at + 1 - np.asarray(self.state.prompt_len.np)[slot]
         context = np.zeros((len(slot), 0), dtype=np.int64)

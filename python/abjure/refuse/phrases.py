@@ -16,6 +16,8 @@ from ._position import Prompt, columns, is_int64, token_ids
 from .token_bytes import TokenBytes
 from .tokens import expect_context
 
+#: More tokens than a context has.
+_WHOLE = 2**31 - 1
 _FORMS: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC", "NFKD")
 
 
@@ -285,16 +287,8 @@ class ForbiddenPhrases:
 
     @property
     def reach(self) -> int:
-        """Tokens of the context that :meth:`rows_` looks at.
-
-        Raises:
-            ArgumentError: special tokens are transparent: any number of them may stand within a phrase.
-        """
-        if self._silent is not None:
-            raise ArgumentError(
-                "special: expected 'break' for rows of engines, whose contexts are cut; got 'transparent'"
-            )
-        return int(self._reach)
+        """Tokens of the context that :meth:`rows_` looks at: all, where tokens without text may stand in a phrase."""
+        return int(self._reach) if self._silent is None else _WHOLE
 
     def rows_(self, scores: Any, context: Any, length: Any, generated: Any) -> None:
         """As the call, for rows of unequal progress, as engines have them; see ``abjure.integrations``.
