@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod array;
+mod calibrate;
 mod decoding;
 mod directions;
 mod errors;
@@ -23,6 +24,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     directions::register(m)?;
     experts::register(m)?;
     decoding::register(m)?;
+    calibrate::register(m)?;
     protect::register(m)?;
     matching::register(m)
 }

@@ -6,18 +6,22 @@
 
 mod automaton;
 mod bytes;
+mod decimal;
 mod edits;
 mod gate;
 mod matching;
 mod reduce;
+mod tilt;
 mod trie;
 
 pub use automaton::Automaton;
 pub use bytes::{ByteAutomaton, Reading, Vocabulary};
+pub use decimal::Margin;
 pub use edits::{Edits, bias, force};
 pub use gate::{Gate, GateOptions, NO_FIRE, NOT_ASKED, NOT_SELECTED, NoFire, Position, Rule};
 pub use matching::{Contexts, Matcher, Penalty, apply, edits};
 pub use reduce::{Groups, margins, max_gaps, row_lse};
+pub use tilt::{Tilted, tilted};
 
 use crate::element::{Element, Real};
 use crate::{Error, Result};
