@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abjure.errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
+from abjure.measure.rates import beta_quantile
 from abjure.refuse import RefusalTokens, calibrate_bias, calibrate_threshold
 
 MARGINS = [-4.2, -3.1, -2.5, -1.7, -1.1, -0.6, 0.2, 0.9, 1.8, 3]
@@ -111,6 +112,30 @@ def test_reference_sample_sizes_and_chances():
         t = calibrate_threshold(np.arange(n), alpha, delta)
         assert t.n - t.rank == errors
         assert t.failure_probability == pytest.approx(chance, rel=1e-13)
+
+
+def test_reference_law_and_limits():
+    low, high = calibrate_threshold(SCORES, 0.2).law(0.9)
+    assert (low, high) == pytest.approx((0.0713538843086182, 0.3436638043142818), rel=1e-12)
+    assert calibrate_threshold(SCORES, 0.04).law() == (0.0, 0.0)
+    floor = calibrate_threshold(SCORES, 0.2, side="floor")
+    assert floor.law() == pytest.approx((low, high))
+    with pytest.raises(ArgumentError, match="level"):
+        floor.law(1.0)
+    # Errors are allowed as long as the one-sided Clopper-Pearson limit stays below alpha.
+    upper = [1 - beta_quantile(0.1, 20 - e, e + 1) for e in range(4)]
+    assert upper == pytest.approx([0.10874906186625448, 0.1809609634367385, 0.24476531712861163, 0.3041868114074787])
+    for e, limit in enumerate(upper):
+        assert calibrate_threshold(SCORES, math.ceil(limit * 1e6) / 1e6, 0.1).rank == 20 - e
+        assert calibrate_threshold(SCORES, math.floor(limit * 1e6) / 1e6, 0.1).rank == (21 - e if e else 0)
+    assert "too few" in repr(calibrate_threshold(SCORES, 0.04))
+    assert "rank 17 of 20" in repr(calibrate_threshold(SCORES, 0.2))
+
+
+@pytest.mark.parametrize(("n", "alpha", "delta"), [(100_000, 0.5, 0.05), (30_000, 0.001, 1e-9), (5000, 0.9, 0.2)])
+def test_ranks_of_large_samples_equal_the_limit(n, alpha, delta):
+    e = n - calibrate_threshold(np.arange(n), alpha, delta).rank
+    assert 1 - beta_quantile(delta, n - e, e + 1) <= alpha < 1 - beta_quantile(delta, n - e - 1, e + 2)
 
 
 @given(st.integers(1, 60), st.integers(1, 99), st.integers(1, 99))

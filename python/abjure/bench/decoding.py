@@ -19,6 +19,8 @@ _SYLLABLES = (
     "ka", "to", "ri", "en", "st", "ing", "er", "a", "o", "th",
     "ch", "pre", "con", "lo", "mi", "na", "es", "qu", "x", "zu",
 )  # fmt: skip
+#: Scored prompts of the stated target of calibration, under one second.
+SCORED = 1_000_000
 
 
 def phrases(count: int, vocab: int, seed: int = 0, lengths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[list[int]]:
@@ -80,6 +82,7 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
         yield from _phrases(dtype, forbidden, ids, vocab)
         yield from _gates(dtype, ids, vocab)
     yield from _steps(ids, vocab, [max(10, int(n * scale)) for n in GROWTH])
+    yield from _calibration(max(1000, int(SCORED * scale)))
 
 
 def _against(
@@ -240,3 +243,36 @@ def _steps(ids: Any, vocab: int, counts: list[int]) -> Iterator[Row]:
     ):
         seconds = compare(build, lambda: NoBadWordsLogitsProcessor(largest), repeats=3, settle=False)
         yield Row(kernel, f"{counts[3]} phrases", seconds[0], "NoBadWordsLogitsProcessor(...)", seconds[1])
+
+
+def _calibration(count: int) -> Iterator[Row]:
+    """Calibration of scored prompts, against the sort that a quantile takes and against the same solve in NumPy."""
+    from ..refuse import CategoryScores, calibrate
+
+    rng = np.random.default_rng(0)
+    odds = rng.normal(-4, 2, size=(count, 3))
+    log_rest = np.log1p(np.exp(odds).sum(axis=1))
+    one = CategoryScores.from_margins(odds[:, 0])
+    margins = odds - np.log(1 + np.exp(odds).sum(axis=1, keepdims=True) - np.exp(odds))
+    three = CategoryScores.from_margins(margins, ["a", "b", "c"], leads=odds)
+    case, rates = f"{count} prompts", {"a": 0.1, "b": 0.05, "c": 0.02}
+    seconds = compare(
+        lambda: calibrate(one, max_over_refusal=0.05, delta=0.05), lambda: np.sort(odds[:, 0]), repeats=5, settle=False
+    )
+    yield Row("calibrate, bound", case, seconds[0], "np.sort of the scores", seconds[1], 0)
+    log_p = np.column_stack([-log_rest, odds - log_rest[:, None]])
+    wanted = np.array(list(rates.values()))
+    seconds = compare(
+        lambda: calibrate(three, decoder="sampling", target_rate=rates),
+        lambda: plain.joint_bias(log_p, wanted),
+        repeats=3,
+        settle=False,
+    )
+    yield Row("calibrate, joint biases of 3", case, seconds[0], "NumPy, Newton", seconds[1], 0)
+    seconds = compare(
+        lambda: calibrate(three, decoder="greedy", target_rate=rates),
+        lambda: np.sort(odds, axis=0),
+        repeats=3,
+        settle=False,
+    )
+    yield Row("calibrate, joint shares of 3", case, seconds[0], "np.sort of the scores", seconds[1], 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -137,3 +138,17 @@ def ascend(
         (gradient,) = torch.autograd.grad(value, leaf)
         delta = (delta + alpha * gradient.sign()).clamp(-epsilon, epsilon)
     return delta
+
+
+def joint_bias(log_p: Any, rates: Any) -> Any:
+    """Biases of K outcomes with wanted mean rates, from log-probabilities ``(n, K + 1)``, all else first."""
+    b = np.zeros(len(rates))
+    while True:
+        z = log_p + np.append(0.0, b)
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        q = (e / e.sum(axis=1, keepdims=True))[:, 1:]
+        step = np.linalg.solve(np.diag(q.mean(axis=0)) - q.T @ q / len(q), q.mean(axis=0) - rates)
+        step *= min(1.0, 2.0 / np.abs(step).max())
+        b = b - step
+        if np.abs(step).max() < 1e-12:
+            return b

@@ -14,7 +14,8 @@ from .any_depth import (
 )
 from .architectures import ARCHITECTURES, Architecture, Writer, residual_writers
 from .blocks import decoder_blocks
-from .calibrate import Threshold, calibrate_bias, calibrate_threshold
+from .bounds import Threshold, calibrate_bias, calibrate_threshold, prompts_needed
+from .category_scores import CategoryScores, RefusalRates, score_categories
 from .cliff import (
     Cliff,
     CliffRanking,
@@ -87,11 +88,13 @@ from .probe import (
     probe_layers,
 )
 from .prompts import Prompt, Prompts
+from .recipe import Recipe, calibrate
 from .record import Activations, Contrasts, record_prompts, record_to_disk
 from .routing import RankedExpert, expert_routers, tuning_experts
 from .select import Candidate, DirectionSelection, refusal_scores, select_direction
 from .semantic import SemanticMatcher, SentenceEncoder
 from .token_bytes import TokenBytes
+from .token_training import RefusalSft, add_refusal_tokens, new_token_ids, refusal_sft
 from .tokens import (
     RefusalTokens,
     bias_,
@@ -104,6 +107,7 @@ from .tokens import (
     row_max_gap,
     threshold_to_bias,
 )
+from .trade_off import TradeOff
 from .weights import WeightReport, orthogonalize_
 
 __all__ = [
@@ -118,6 +122,7 @@ __all__ = [
     "Beliefs",
     "Budgets",
     "Candidate",
+    "CategoryScores",
     "ChainOfNoteScores",
     "Cliff",
     "CliffRanking",
@@ -161,22 +166,27 @@ __all__ = [
     "PromptGate",
     "Prompts",
     "RankedExpert",
+    "Recipe",
     "Recording",
     "RefusalAwareSplit",
     "RefusalProbe",
+    "RefusalRates",
     "RefusalRecheck",
+    "RefusalSft",
     "RefusalTokens",
     "SafetyPrompt",
     "SemanticMatcher",
     "SentenceEncoder",
     "Threshold",
     "TokenBytes",
+    "TradeOff",
     "WeightReport",
     "Writer",
     "ablate",
     "ablate_",
     "ablating",
     "ablating_heads",
+    "add_refusal_tokens",
     "affine_ablate_",
     "aligned_prefill",
     "anchor_states",
@@ -187,6 +197,7 @@ __all__ = [
     "bias_",
     "bias_for_probability",
     "bias_to_threshold",
+    "calibrate",
     "calibrate_bias",
     "calibrate_threshold",
     "certainty",
@@ -208,6 +219,7 @@ __all__ = [
     "force_",
     "head_contributions",
     "logit",
+    "new_token_ids",
     "optimize_safety_prompt",
     "orthogonalize_",
     "orthogonalize_model_",
@@ -215,6 +227,7 @@ __all__ = [
     "parse_chain_of_note",
     "probe_layers",
     "project",
+    "prompts_needed",
     "rank_by_cliff",
     "record_experts",
     "record_prompts",
@@ -224,11 +237,13 @@ __all__ = [
     "refusal_cliff",
     "refusal_scores",
     "refusal_scores_by_position",
+    "refusal_sft",
     "refuse_then_comply_scan",
     "residual_writers",
     "row_lse",
     "row_margin",
     "row_max_gap",
+    "score_categories",
     "search_over_refusals",
     "select_direction",
     "steer_",

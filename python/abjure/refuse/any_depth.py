@@ -24,7 +24,7 @@ from .._interop import integers
 from .._modes import evaluating
 from ..errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
 from .blocks import select_modules
-from .calibrate import Threshold, calibrate_threshold
+from .bounds import Threshold, calibrate_threshold
 from .directions import Site, Vector, single_vector
 from .hooks import _attached, _on_input, _on_output, check_site
 from .probe import RefusalProbe

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import ArgumentError, DegenerateError, DTypeError, ShapeError
 from ..measure.rates import Rate
 from ._position import Prompt, columns
-from .calibrate import Threshold, calibrate_threshold
+from .bounds import Threshold, calibrate_threshold
 from .directions import Vector
 from .key_phrases import extract_phrases
 from .phrases import ForbiddenPhrases

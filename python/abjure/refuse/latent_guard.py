@@ -13,7 +13,7 @@ import numpy as np
 
 from .._files import reading, write_atomically
 from ..errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
-from .calibrate import Threshold, calibrate_threshold
+from .bounds import Threshold, calibrate_threshold
 from .directions import Site, Vector, _to_numpy
 from .prompts import PositionKey, Prompts
 from .record import Contrasts, Rows, binary_labels, run_recording

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,22 +75,29 @@ def last_logits(model: nn.Module, prompts: Prompts, batch_size: int) -> Any:
     """Logits at the last token of every prompt, ``(prompts, vocabulary)`` float32 on the CPU."""
     import torch
 
+    out: list[Any] = [None] * len(prompts)
+    for chosen, rows in each_last_logits(model, prompts, batch_size):
+        for i, row in zip(chosen, rows, strict=True):
+            if bool(row.isnan().any()):
+                raise NonFiniteError(f"logits: NaN at prompt {i} ({prompts[i].text[:60]!r})")
+            out[i] = row
+    return torch.stack(out)
+
+
+def each_last_logits(model: nn.Module, prompts: Prompts, batch_size: int) -> Iterator[tuple[list[int], Any]]:
+    """The same batch by batch: indices of prompts, and their rows."""
+    import torch
+
     device = run_device(model)
     # The head runs at the rows' own last positions only, where the model can be told so.
     picks = "logits_to_keep" in inspect.signature(model.forward).parameters
-    out: list[Any] = [None] * len(prompts)
-    with torch.no_grad():
-        for chosen, ids, mask in prompts.batches(batch_size):
-            last = mask.sum(-1) - 1
-            kept, place = torch.unique(last, return_inverse=True)
-            options = {"logits_to_keep": kept.to(device)} if picks else {}
+    for chosen, ids, mask in prompts.batches(batch_size):
+        last = mask.sum(-1) - 1
+        kept, place = torch.unique(last, return_inverse=True)
+        options = {"logits_to_keep": kept.to(device)} if picks else {}
+        with torch.no_grad():
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options).logits
-            rows = logits[torch.arange(len(chosen)), (place if picks else last).to(logits.device)].float().cpu()
-            for i, row in zip(chosen, rows, strict=True):
-                if bool(row.isnan().any()):
-                    raise NonFiniteError(f"logits: NaN at prompt {i} ({prompts[i].text[:60]!r})")
-                out[i] = row
-    return torch.stack(out)
+        yield chosen, logits[torch.arange(len(chosen)), (place if picks else last).to(logits.device)].float().cpu()
 
 
 def _divergence(base: Any, other: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ArgumentError, NonFiniteError, ShapeError
-from .calibrate import Threshold, calibrate_threshold
+from .bounds import Threshold, calibrate_threshold
 from .directions import Vector
 
 #: Texts to ``(n, d)`` embeddings.

@@ -243,6 +243,15 @@ class RefusalTokens:
         position: ``"first"`` response position or ``"every"`` one from there.
         elsewhere: ``"keep"``, or ``"mask"``: the categories' tokens are -inf after the first response position, for
             tokens that exist for this purpose alone.
+        vocab_size: tokens that the tokenizer has; logits of another width are then an error, unless ``tail`` says
+            otherwise. None: any width that holds all ids.
+        tail: logits beyond ``vocab_size``, as padded output heads have them: an ``"error"``; ``"keep"``, tokens like
+            any other; ``"forbid"``, left out of margins and set to -inf in every row of every call.
+
+    Attributes:
+        texts: per category the tokens' texts, where :meth:`from_tokenizer` or
+            :func:`~abjure.refuse.add_refusal_tokens` knew them, else None.
+        respond: id of the token that opens an answer, and ``respond_text``; None where there is none.
 
     Raises:
         ArgumentError: no categories, an empty one, an id negative or in two, a threshold of NaN, a bias of NaN or +inf,
@@ -265,6 +274,8 @@ class RefusalTokens:
         prompt_length: int | Sequence[int] | None = None,
         position: Literal["first", "every"] = "first",
         elsewhere: Literal["keep", "mask"] = "keep",
+        vocab_size: int | None = None,
+        tail: Literal["error", "keep", "forbid"] = "error",
     ) -> None:
         if not isinstance(categories, Mapping) or not categories:
             raise ArgumentError(f"categories: expected a mapping of names to token ids, got {categories!r:.80}")
@@ -272,6 +283,10 @@ class RefusalTokens:
             raise ArgumentError(f"position: expected 'first' or 'every', got {position!r}")
         if elsewhere not in ("keep", "mask"):
             raise ArgumentError(f"elsewhere: expected 'keep' or 'mask', got {elsewhere!r}")
+        if tail not in ("error", "keep", "forbid"):
+            raise ArgumentError(f"tail: expected 'error', 'keep' or 'forbid', got {tail!r}")
+        if vocab_size is not None and vocab_size < 1:
+            raise ArgumentError(f"vocab_size: expected 1 or more, got {vocab_size}")
         if rule == "mass" and isinstance(threshold, Mapping):
             raise ArgumentError("threshold: expected one number with rule 'mass', got a mapping")
         self.categories = {str(name): _group(ids, f"categories[{name!r}]") for name, ids in categories.items()}
@@ -283,6 +298,11 @@ class RefusalTokens:
         self.temperature = 1.0 if temperature is None else float(temperature)
         self.position = position
         self.elsewhere = elsewhere
+        self.vocab_size = vocab_size
+        self.tail: Literal["error", "keep", "forbid"] = tail
+        self.texts: dict[str, list[str]] | None = None
+        self.respond: int | None = None
+        self.respond_text: str | None = None
         #: Verdict per row of the last call that asked: a category's index, or NO_FIRE, NOT_SELECTED, NOT_ASKED.
         self.verdicts: Any = None
         self._prompt = Prompt(prompt_length)
@@ -290,20 +310,38 @@ class RefusalTokens:
         self._gate = _native.RefusalGate(groups, self.bias, self.threshold, rule, on_no_fire, self.temperature)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, categories: Mapping[str, str | Sequence[str]], **options: Any) -> Any:
+    def from_tokenizer(
+        cls,
+        tokenizer: Any,
+        categories: Mapping[str, str | Sequence[str]],
+        *,
+        respond: str | None = None,
+        on_no_fire: int | Literal["keep", "free", "respond"] = "keep",
+        **options: Any,
+    ) -> Any:
         """A processor of the categories' tokens as the tokenizer spells them; ``options`` as of the class.
 
         Args:
-            tokenizer: anything with ``encode(text, add_special_tokens=False)``.
+            tokenizer: anything with ``encode(text, add_special_tokens=False)``; one with a length fixes ``vocab_size``.
             categories: name to the token's exact text (often with a leading space), or several.
+            respond: text of the token that opens an answer.
+            on_no_fire: as of the class, or ``"respond"`` to force that token.
 
         Raises:
             ArgumentError: a text that is not exactly one token: the tokenizer lacks it, or it was never added.
         """
-        found = {}
-        for name, texts in categories.items():
-            found[name] = [single_token(tokenizer, t) for t in ([texts] if isinstance(texts, str) else texts)]
-        return cls(found, **options)
+        texts = {str(name): [t] if isinstance(t, str) else list(t) for name, t in categories.items()}
+        found = {name: [single_token(tokenizer, t) for t in each] for name, each in texts.items()}
+        answer = None if respond is None else single_token(tokenizer, respond)
+        if on_no_fire == "respond":
+            if answer is None:
+                raise ArgumentError("on_no_fire: expected the text of a respond token beside 'respond'")
+            on_no_fire = answer
+        if hasattr(tokenizer, "__len__"):
+            options.setdefault("vocab_size", len(tokenizer))
+        made = cls(found, on_no_fire=on_no_fire, **options)
+        made.texts, made.respond, made.respond_text = texts, answer, respond
+        return made
 
     @property
     def names(self) -> list[str]:
@@ -325,7 +363,31 @@ class RefusalTokens:
 
     def margins(self, scores: Any) -> Any:
         """Margin of every category in every row, ``(batch, categories)``, before any bias; writes nothing."""
-        return row_margin(scores, list(self.categories.values()), self.temperature)
+        return row_margin(self.visible(scores), list(self.categories.values()), self.temperature)
+
+    def visible(self, scores: Any) -> Any:
+        """The part of ``(rows, vocabulary)`` logits that counts: all of it, or what ``tail="forbid"`` leaves.
+
+        Raises:
+            ShapeError: a width that does not match ``vocab_size``.
+        """
+        width = shape(scores, "scores")[-1]
+        if self.vocab_size is None or width == self.vocab_size:
+            return scores
+        if width < self.vocab_size:
+            raise ShapeError(f"scores: expected logits of {self.vocab_size} tokens, as the tokenizer has, got {width}")
+        if self.tail == "error":
+            raise ShapeError(
+                f"scores: expected logits of {self.vocab_size} tokens, as the tokenizer has, got {width}; if the "
+                "model's head is padded, pass tail='forbid' or tail='keep'"
+            )
+        return scores if self.tail == "keep" else scores[:, : self.vocab_size]
+
+    def to_sft(self, rows: Iterable[Mapping[str, Any]], **options: Any) -> Any:
+        """Training rows whose answers open with the token of their category; see :func:`~abjure.refuse.refusal_sft`."""
+        from .token_training import refusal_sft
+
+        return refusal_sft(self, rows, **options)
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Writes biases and the gate's outcome into ``scores`` ``(rows, vocabulary)`` and returns it.
@@ -358,22 +420,24 @@ class RefusalTokens:
         self._write(scores, generated)
 
     def _write(self, scores: Any, generated: Any) -> None:
+        seen = self.visible(scores)
         asked = generated == 0 if self.position == "first" else generated >= 0
         positions = asked.astype(np.int64)
         if self.elsewhere == "mask":
             positions[(generated > 0) & ~asked] = 2
-        if not positions.any():
-            return
-        if -math.inf in self.bias:
-            self._expect_left(scores, np.flatnonzero(asked))
-        path = device_path(scores, "gate_")
-        if path is not None:
-            verdicts = path(scores, positions, self)
-        else:
-            with target(scores, "scores") as z:
-                verdicts = self._gate.apply_(z, positions)
-        if asked.any():
-            self.verdicts = verdicts
+        if positions.any():
+            if -math.inf in self.bias:
+                self._expect_left(seen, np.flatnonzero(asked))
+            path = device_path(seen, "gate_")
+            if path is not None:
+                verdicts = path(seen, positions, self)
+            else:
+                with target(seen, "scores") as z:
+                    verdicts = self._gate.apply_(z, positions)
+            if asked.any():
+                self.verdicts = verdicts
+        if seen is not scores:
+            scores[np.flatnonzero(generated >= 0).tolist(), self.vocab_size :] = -math.inf
 
     def _expect_left(self, scores: Any, rows: Any) -> None:
         """Checks that biases of -inf do not take the only tokens of a row; the kernel adds biases without a look."""
