@@ -14,6 +14,9 @@ mod long;
 mod matching;
 mod protect;
 mod system;
+mod text;
+mod topics;
+mod tsetlin;
 
 #[pymodule(gil_used = false)]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -26,5 +29,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     decoding::register(m)?;
     calibrate::register(m)?;
     protect::register(m)?;
-    matching::register(m)
+    matching::register(m)?;
+    text::register(m)?;
+    topics::register(m)?;
+    tsetlin::register(m)
 }

@@ -15,6 +15,7 @@ PAGES = [
     "docs/refuse-decoding.md",
     "docs/protect.md",
     "docs/measure-benchmarks.md",
+    "docs/measure-text.md",
 ]
 
 
