@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from .layout import Resolution, Target, TensorInfo, resolution, resolve
 from .ops import Ablate, Dampen, Op, Scale
+from .recipe import Recipe
 
 __all__ = [
     "Ablate",
     "Dampen",
     "Op",
+    "Recipe",
     "Resolution",
     "Scale",
     "Target",

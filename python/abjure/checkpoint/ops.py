@@ -198,7 +198,11 @@ def _set(op: Any, **values: Any) -> None:
 def _number(value: Any, arg: str) -> Number:
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, np.integer, np.floating)):
         raise DTypeError(f"{arg}: expected a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(float(value))
+    except (OverflowError, ValueError):
+        finite = False
+    if not finite:
         raise ArgumentError(f"{arg}: expected a finite number, got {value}")
     return value.item() if isinstance(value, np.generic) else value
 
