@@ -6,11 +6,13 @@ Nothing here imports torch, or loads a model. An edit is a list of ops (:class:`
 
 from __future__ import annotations
 
+from .gguf import GGUF, from_gguf
 from .layout import Resolution, Target, TensorInfo, resolution, resolve
 from .ops import Ablate, Dampen, Op, Scale
 from .recipe import Recipe
 
 __all__ = [
+    "GGUF",
     "Ablate",
     "Dampen",
     "Op",
@@ -19,6 +21,7 @@ __all__ = [
     "Scale",
     "Target",
     "TensorInfo",
+    "from_gguf",
     "resolution",
     "resolve",
 ]
