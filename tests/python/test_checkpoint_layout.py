@@ -196,6 +196,35 @@ def test_the_text_decoder_of_a_multimodal_checkpoint(multimodal, tied):
     assert any("vision_tower" in note and "left as it is" in note for note in found.notes)
 
 
+TEXT = {k: v for k, v in families.WIDE.items() if not k.startswith(("bos", "eos"))}
+WRAPPERS = {
+    "llava": lambda: transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**TEXT),
+            vision_config=transformers.CLIPVisionConfig(**GEMMA3["vision_config"]),
+            image_token_index=39,
+        )
+    ),
+    "mistral3": lambda: transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(
+            text_config=transformers.MistralConfig(**TEXT),
+            vision_config=transformers.PixtralVisionConfig(**GEMMA3["vision_config"], head_dim=8),
+            image_token_index=39,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_around_other_families(name, tmp_path):
+    model = WRAPPERS[name]()
+    model.save_pretrained(tmp_path)
+    found, edited, _ = expect_same_as_live(tmp_path, Ablate(Q, tied="edit"), cls=type(model), tied="edit")
+    assert found.family == {"llava": "llama", "mistral3": "mistral"}[name]
+    after = states(edited)
+    assert refuse.project(after, Q).abs().max() < 1e-5 * after.abs().max()
+
+
 def test_the_config_of_early_gemma3_files(multimodal):
     """They name neither the text model's type nor the tie."""
     saved = Saved(multimodal)

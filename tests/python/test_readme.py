@@ -16,6 +16,7 @@ PAGES = [
     "docs/protect.md",
     "docs/measure-benchmarks.md",
     "docs/measure-text.md",
+    "docs/checkpoint.md",
 ]
 
 
