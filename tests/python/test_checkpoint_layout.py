@@ -108,6 +108,10 @@ def test_editing_the_file_is_editing_the_model(name, tmp_path):
         after = states(edited)
         assert refuse.project(plain, Q).abs().max() > 1e-3 * plain.abs().max()
         assert refuse.project(after, Q).abs().max() < 1e-5 * after.abs().max()
+    saved = Saved(tmp_path)
+    for t in found.targets:  # a writer that is missing is noticed, never passed over
+        with pytest.raises(abjure.AbjureError):
+            resolve(saved.config, {n: i for n, i in saved.tensors.items() if n != t.name}, op)
 
 
 def test_a_square_matrix_is_edited_along_the_axis_of_its_format(tmp_path):
@@ -464,8 +468,11 @@ def test_norms_and_shared_experts_that_are_missing(tmp_path):
         resolve(*changed(gemma, drop=[norm + "weight"]), Ablate(Q))
     with pytest.raises(abjure.ArgumentError, match="has a bias, which writes too"):
         resolve(*changed(gemma, add={norm + "bias": TensorInfo((32,), "F32")}), Ablate(Q))
+    shared = "model.layers.1.mlp.shared_experts."
+    with pytest.raises(abjure.ArgumentError, match=r"shared_experts\.down_proj beside mlp\.shared_experts"):
+        resolve(*changed(deepseek, drop=[shared + "down_proj.weight"]), Ablate(Q))
     with pytest.raises(abjure.ArgumentError, match="expected a shared expert"):
-        resolve(*changed(deepseek, drop=["model.layers.1.mlp.shared_experts.down_proj.weight"]), Ablate(Q))
+        resolve(*changed(deepseek, drop=[n for n in deepseek.tensors if n.startswith(shared)]), Ablate(Q))
 
 
 def test_quantised_writers_are_refused_by_name(tmp_path):

@@ -312,6 +312,7 @@ class _Rule:
 
     pattern: re.Pattern[str]
     text: str
+    path: str
     axis: int
     ndim: int
     component: Component
@@ -447,7 +448,7 @@ class Decoder:
         place = f"{self.path}.{layer}"
         found: dict[str, Target] = {}
         experts: dict[str, set[int]] = {}
-        branches = set()
+        branches, paths = set(), set()
         rules = _rules(self.kind)
         for inner, name in names.items():
             rule, expert = _rule_for(rules, inner)
@@ -467,7 +468,11 @@ class Decoder:
                 dtype=info.dtype,
             )
             self._expect_width(found[inner])
+            if rule.text.endswith("bias"):
+                self._get(_weight_of(name), rule.ndim + 1)
+                continue
             branches.add(rule.branch)
+            paths.add(rule.path)
             if expert is not None:
                 experts.setdefault(rule.text, set()).add(expert)
             elif rule.component == "experts":
@@ -476,13 +481,39 @@ class Decoder:
             self._expect_experts(f"{place}.{pattern}", indices)
         if strict:
             self._expect_known(layer, found)
-        for branch, paths in (("attention", self.known.attention), ("mlp", self.known.mlp)):
+        for branch, expected in (("attention", self.known.attention), ("mlp", self.known.mlp)):
             if branch not in branches:
-                raise ArgumentError(f"tensors: {place} has no known {branch} writer ({' or '.join(paths)})")
+                raise ArgumentError(f"tensors: {place} has no known {branch} writer ({' or '.join(expected)})")
+        for path in self.known.mlp:
+            owner = path.rpartition(".")[0]
+            reader = next((n for n in names if n.startswith(f"{owner}.")), None)
+            if reader and "expert" in owner and not path.endswith("bias") and path not in paths:
+                raise ArgumentError(f"tensors: expected the writer {place}.{path} beside {reader}, got none")
         self._expect_shared(place, found)
         order = {inner: i for i, inner in enumerate(found)}
         attention = {inner for inner in found if any(_within(inner, p) for p in self.known.attention)}
         return [found[inner] for inner in sorted(found, key=lambda i: (i not in attention, order[i]))]
+
+    def all_writers(self, *, strict: bool = True) -> list[Target]:
+        """Embeddings, then the writers of every block.
+
+        Raises:
+            ArgumentError, ShapeError, DTypeError: as :meth:`writers`; a bias that some blocks have and others lack.
+        """
+        found = self.embeddings()
+        for layer in range(self.depth):
+            found += self.writers(layer, strict=strict)
+        kinds: dict[str, set[str]] = {}
+        for t in found:
+            kinds.setdefault(re.sub(r"\.\d+", ".*", t.name), set()).add(t.name)
+        for kind, names in kinds.items():
+            if kind.endswith("bias"):
+                lacking = kinds[_weight_of(kind)] - {_weight_of(name) for name in names}
+                if lacking:
+                    raise ArgumentError(
+                        f"tensors: expected a bias beside {min(lacking)}, as other blocks have, got none"
+                    )
+        return found
 
     def expect_known_names(self) -> None:
         """Raises ArgumentError for a tensor of the decoder outside of its blocks that nothing is known about."""
@@ -623,6 +654,11 @@ def _beside(name: str, end: str) -> str:
     return name + end
 
 
+def _weight_of(bias: str) -> str:
+    """Name of the weight that a bias belongs to."""
+    return f"{bias.removesuffix('.bias')}.weight" if bias.endswith(".bias") else bias.removesuffix("_bias")
+
+
 def _within(inner: str, path: str) -> bool:
     return inner == path or inner.startswith(f"{path}.")
 
@@ -637,7 +673,7 @@ def _rules(kind: str) -> list[_Rule]:
         for path in paths:
             for text, axis, ndim, component in _stored_forms(kind, known, path, branch):
                 pattern = re.compile(re.escape(text).replace(r"\{e\}", r"(\d+)"))
-                found.append(_Rule(pattern, text, axis, ndim, component, branch, norm))  # type: ignore[arg-type]
+                found.append(_Rule(pattern, text, path, axis, ndim, component, branch, norm))  # type: ignore[arg-type]
     return found
 
 
@@ -672,10 +708,8 @@ def _rule_for(rules: list[_Rule], inner: str) -> tuple[_Rule | None, int | None]
 
 def _ablated(decoder: Decoder, op: Ablate) -> Resolution:
     layers = decoder.chosen(cast("list[int] | None", op.layers))
-    every = [] if op.layers is not None else decoder.embeddings()
-    for layer in range(decoder.depth):
-        found = decoder.writers(layer)  # also of the blocks left alone: a checkpoint that is not understood is refused
-        every += found if layer in layers else []
+    # Also of the blocks left alone: a checkpoint that is not understood is refused.
+    every = [t for t in decoder.all_writers() if op.layers is None or t.layer in layers]
     decoder.expect_known_names()
     result = Resolution(op, decoder.kind, decoder.path, decoder.depth, decoder.width, [])
     wanted = _matching(op.tensors, [t.name for t in every], "a known writer")
@@ -766,8 +800,7 @@ def _by_patterns(config: Mapping[str, Any], stored: dict[str, TensorInfo], op: A
     decoder = _decoder_or_none(config, stored, ablate=True)
     known = {}
     if decoder is not None:
-        every = [t for layer in range(decoder.depth) for t in decoder.writers(layer, strict=False)]
-        known = {t.name: t for t in [*decoder.embeddings(), *every]}
+        known = {t.name: t for t in decoder.all_writers(strict=False)}
     wanted = _wanted_layers(op.layers, decoder)
     targets = []
     for name, axis in axes.items():
