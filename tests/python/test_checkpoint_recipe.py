@@ -206,14 +206,15 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
 @pytest.mark.parametrize("text", BAD)
-def test_errors_name_the_line(text):
+def test_errors_name_the_line(text, ends):
     line, words = BAD[text]
     if line == 1 and not text:
         line = None
     place = "recipe: " if line is None else f"recipe:{line}: "
     with pytest.raises(abjure.AbjureError, match=words) as caught:
-        Recipe.loads(text)
+        Recipe.loads(text.replace("\n", ends))
     assert str(caught.value).startswith(place)
 
 

@@ -314,7 +314,7 @@ class _Reader:
 
     def line(self, at: tuple[str | int, ...]) -> int | None:
         """Where a key first stands: the text is parsed again, one line more each time, until the key is there."""
-        lines = self.text.split("\n")
+        lines = self.text.replace("\r\n", "\n").split("\n")
         start = 1
         for n in range(1, len(lines) + 1):
             try:
