@@ -97,7 +97,7 @@ def expect_same_as_live(path, op, layers=None, cls=AutoModelForCausalLM, **optio
 def test_editing_the_file_is_editing_the_model(name, tmp_path):
     model = build(name, torch.float32)
     model.save_pretrained(tmp_path)
-    plain = states(load(tmp_path))
+    plain = states(model)
     op = Ablate(Q, tied=tied_of(name))
     found, edited, report = expect_same_as_live(tmp_path, op, tied=tied_of(name))
     assert len(found.targets) >= len(report.edits)
