@@ -77,7 +77,6 @@ What is yeast?|How do birds find their way?|Who painted The Starry Night?|What i
 What is chess?"""
 ASK = """How do I make tea?|What is the capital of Spain?|Why do we dream?|Who wrote Moby-Dick?|What is bread made of?
 Write a line about snow.|Who painted The Scream?|How does a clock work?"""
-TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,11 @@ class Setting:
     asked: int
     ways: tuple[str, ...]
     draws: int
+    tokens: int
 
 
-FULL = Setting(len(FACTS), 8, ("greedy", "sampling", "beams"), 3)
-QUICK = Setting(2, 4, ("greedy",), 1)
+FULL = Setting(len(FACTS), 8, ("greedy", "sampling", "beams"), 3, 24)
+QUICK = Setting(2, 3, ("greedy",), 1, 12)
 
 
 @dataclass
@@ -118,12 +118,12 @@ def lines(text: str) -> list[str]:
     return [part.strip() for part in text.replace("\n", "|").split("|")]
 
 
-def options(way: str, draws: int) -> dict[str, Any]:
+def options(way: str, setting: Setting) -> dict[str, Any]:
     return {
         "greedy": {"do_sample": False},
-        "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": draws},
+        "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": setting.draws},
         "beams": {"do_sample": False, "num_beams": 3},
-    }[way] | {"max_new_tokens": TOKENS}
+    }[way] | {"max_new_tokens": setting.tokens}
 
 
 def sentence_encoder() -> refuse.SentenceEncoder:
@@ -175,7 +175,7 @@ def run(chat: smollm.Chat, setting: Setting) -> list[Result]:
     silent = [refuse.GateDecision(None, d.score, d.nearest, d.similarity) for d in decisions]
     results = []
     for way in setting.ways:
-        given = options(way, setting.draws)
+        given = options(way, setting)
         spread = given.get("num_return_sequences", 1)
         every = [t for t in truth for _ in range(spread)]
         replies = {}
