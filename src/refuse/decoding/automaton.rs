@@ -257,6 +257,21 @@ mod tests {
     }
 
     #[test]
+    fn wide_roots_with_and_without_a_table() {
+        // Ids within and beyond what the root's table may hold.
+        for far in [1000, i64::from(u32::MAX) - 2] {
+            let mut phrases: Vec<Vec<i64>> = (0..40).map(|i| vec![i, i + 1, 7]).collect();
+            phrases.push(vec![far, 3]);
+            let a = build(&phrases, None);
+            assert_eq!(after(&a, &[far]), [(3, NEG)]);
+            assert_eq!(after(&a, &[5, 6]), [(7, NEG)]);
+            assert_eq!(after(&a, &[5, 6, far]), [(3, NEG)]);
+            assert_eq!(after(&a, &[far - 1]), []);
+            assert!(a.bytes() < 1 << 20);
+        }
+    }
+
+    #[test]
     fn dead_ends() {
         let a = build(&[vec![0], vec![1], vec![5, 2]], None);
         let start = [1.0f32, 2.0, 3.0];

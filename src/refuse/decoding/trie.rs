@@ -40,6 +40,8 @@ impl Symbol for u16 {
 /// Children of the root from which on it has a table: every search then begins with one access and not with a dozen,
 /// each of which misses the cache where a model ran since the last step.
 const WIDE: usize = 32;
+/// Entries of the largest table: more than any vocabulary has, and less than an id given by mistake may ask for.
+const TABLE: usize = 1 << 22;
 
 /// Nodes are in breadth-first order, the children of a node contiguous and ascending.
 #[derive(Debug)]
@@ -107,10 +109,12 @@ impl<S: Symbol> Trie<S> {
 
     fn widen(&mut self) {
         let children = self.children(ROOT);
-        if children.len() < WIDE {
+        let last = children.end.saturating_sub(1);
+        let size = self.symbols[last].index().saturating_add(1);
+        if children.len() < WIDE || size > TABLE {
             return;
         }
-        self.first = vec![ROOT; self.symbols[children.end - 1].index() + 1];
+        self.first = vec![ROOT; size];
         for child in children {
             self.first[self.symbols[child].index()] = child as u32;
         }
