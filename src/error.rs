@@ -37,6 +37,9 @@ pub enum Error {
     /// Input from which the quantity asked for cannot be estimated.
     #[error("{arg}: {reason}")]
     Degenerate { arg: &'static str, reason: String },
+    /// A checkpoint that is damaged, inconsistent or of the wrong kind, or a file of it that cannot be read or written.
+    #[error("{path}: {reason}")]
+    Checkpoint { path: String, reason: String },
     /// The caller cancelled a long computation.
     #[error("interrupted")]
     Interrupted,
@@ -65,6 +68,13 @@ impl Error {
     pub fn layout(arg: &'static str, reason: impl ToString) -> Self {
         Self::Layout {
             arg,
+            reason: reason.to_string(),
+        }
+    }
+
+    pub fn checkpoint(path: impl AsRef<std::path::Path>, reason: impl ToString) -> Self {
+        Self::Checkpoint {
+            path: path.as_ref().display().to_string(),
             reason: reason.to_string(),
         }
     }

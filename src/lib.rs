@@ -2,9 +2,11 @@
 //!
 //! The foundations ([`element`], [`simd`], [`par`], [`view`], [`moments`], [`linalg`], [`cancel`],
 //! [`error`]) know nothing of the wings ([`forget`], [`refuse`], [`protect`], [`measure`]), and the wings know
-//! nothing of each other. Python is named only in `python/`, behind the feature of that name.
+//! nothing of each other. [`checkpoint`] stands above them and runs their kernels over files. Python is named only
+//! in `python/`, behind the feature of that name.
 
 pub mod cancel;
+pub mod checkpoint;
 pub mod element;
 pub mod error;
 pub mod forget;

@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
@@ -49,11 +50,28 @@ pub fn set_num_threads(n: usize) {
     WANTED.store(n.max(1), Relaxed);
 }
 
+thread_local! {
+    static ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f` with every kernel in it staying on this thread: for callers that have threads of their own, each at work on
+/// something else. The results are the same.
+pub fn alone<R>(f: impl FnOnce() -> R) -> R {
+    struct Reset(bool);
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            ALONE.set(self.0);
+        }
+    }
+    let _reset = Reset(ALONE.replace(true));
+    f()
+}
+
 /// The pool, or `None` where the caller should do the work itself: one thread asked for, the pool cannot be built,
 /// or its lock stays taken (by a thread that a fork left behind). The caller's results are the same either way.
 fn pool() -> Option<Arc<Pool>> {
     let threads = num_threads();
-    if threads == 1 {
+    if threads == 1 || ALONE.get() {
         return None;
     }
     let mut slot = (0..1000).find_map(|_| match POOL.try_lock() {

@@ -307,3 +307,55 @@ def document_vectors(
 def infer_vectors(words: Any, ends: Any, counts: Any, context: Any, options: dict[str, Any]) -> Any: ...
 def row_cosines(x: Any, queries: Any) -> Any: ...
 def local_outlier_factor(x: Any, neighbors: int) -> Any: ...
+# checkpoint
+
+_Tensor = tuple[str, str, list[int], int, int]
+_Shard = tuple[str, str, int, list[_Tensor], list[tuple[str, str]]]
+
+def checkpoint_open(path: str) -> tuple[str, str | None, list[_Shard]]: ...
+def checkpoint_header(path: str) -> _Shard: ...
+
+class ImportanceFile:
+    def __init__(self, path: str) -> None: ...
+    @property
+    def tensors(self) -> list[_Tensor]: ...
+
+class TensorEdit:
+    @staticmethod
+    def ablate(last_axis: bool, q: _F64, scale: float, keep: str | None) -> TensorEdit: ...
+    @staticmethod
+    def scale(factor: float) -> TensorEdit: ...
+    @staticmethod
+    def dampen(
+        forget: ImportanceFile,
+        retain: ImportanceFile,
+        name: str,
+        offset: int,
+        count: int,
+        alpha: float,
+        lam: float,
+        forget_count: float,
+        retain_count: float,
+    ) -> TensorEdit: ...
+
+class ShardJob:
+    def __init__(
+        self,
+        source: str,
+        *,
+        dest: str | None = None,
+        in_place: bool = False,
+        patch: str | None = None,
+        undo: str | None = None,
+        edits: dict[str, list[TensorEdit]] | None = None,
+        keep: list[tuple[str, str]] | None = None,
+        record: str | None = None,
+    ) -> None: ...
+
+def checkpoint_run(
+    jobs: list[ShardJob], memory: int, hash_all: bool = True, progress: Callable[[int], object] | None = None
+) -> list[str]: ...
+def journal_save(source: str, ranges: list[tuple[int, int]], journal: str) -> None: ...
+def journal_rollback(journal: str, target: str) -> None: ...
+def sha256_file(path: str) -> str: ...
+def patch_tensors(path: str) -> list[str]: ...

@@ -33,3 +33,7 @@ class NonFiniteError(AbjureError, ValueError):
 
 class DegenerateError(AbjureError, ValueError):
     """Input from which the quantity asked for cannot be estimated."""
+
+
+class CheckpointError(AbjureError, ValueError):
+    """A checkpoint that is damaged, inconsistent or of the wrong kind, or a file of it that cannot be used."""

@@ -131,7 +131,7 @@ impl PyEdit {
     }
 }
 
-fn norm_preserving(name: Option<&str>) -> Result<NormPreserving> {
+pub fn norm_preserving(name: Option<&str>) -> Result<NormPreserving> {
     match name {
         None => Ok(NormPreserving::No),
         Some("in") => Ok(NormPreserving::In),

@@ -22,6 +22,7 @@ impl From<Error> for PyErr {
             Error::Value { .. } => "ArgumentError",
             Error::NonFinite { .. } => "NonFiniteError",
             Error::Degenerate { .. } => "DegenerateError",
+            Error::Checkpoint { .. } => "CheckpointError",
             Error::Interrupted => return PyKeyboardInterrupt::new_err(()),
         };
         Python::attach(|py| match class(py, name) {

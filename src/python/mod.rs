@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 
 mod array;
 mod calibrate;
+mod checkpoint;
 mod decoding;
 mod directions;
 mod errors;
@@ -32,5 +33,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     matching::register(m)?;
     text::register(m)?;
     topics::register(m)?;
-    tsetlin::register(m)
+    tsetlin::register(m)?;
+    checkpoint::register(m)
 }

@@ -5,4 +5,4 @@ pub mod probe;
 pub mod weights;
 
 pub use edit::Edit;
-pub use weights::{NormPreserving, check_finite, orthogonalize_columns};
+pub use weights::{ByTile, Factors, NormPreserving, check_finite, orthogonalize_columns};

@@ -11,6 +11,7 @@ use crate::simd::{self, Kernel, dispatch};
 use crate::view::{Rows, RowsMut, Run};
 use crate::{Error, Result, par};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Rows whose sums are made before the partial sums are added in order.
 const CHUNK: usize = 256;
@@ -82,25 +83,25 @@ pub fn orthogonalize_columns<T: Element<Acc: Arithmetic>>(
     let products_f64 = if norms.is_empty() {
         plain
     } else {
-        let inverse = |n: &f64| if *n > 0.0 { 1.0 / n } else { 0.0 };
-        let weights: Vec<f64> = norms.iter().map(inverse).collect();
-        products(&view, q, Some(&weights))
+        products(&view, q, Some(&inverses(&norms)))
     };
+    let found = typed::<T::Acc>(&products_f64);
     let mut plan = Plan {
         q,
         scale,
         keep,
-        products: products_f64.iter().map(|c| T::Acc::from_f64(*c)).collect(),
-        norms,
-        column_factor: Vec::new(),
+        products: &found,
+        norms: &norms,
+        column_factor: &[],
     };
-    let mut vanished = 0;
+    let (mut vanished, factors);
     if keep == NormPreserving::In {
         let (old, new) = column_squares(&view, &plan);
         vanished = count_vanished(&old, &new);
-        plan.column_factor = (old.iter().zip(&new))
-            .map(|(o, n)| T::Acc::from_f64(restoring_factor(*o, *n)))
-            .collect();
+        factors = restoring_factors::<T::Acc>(&old, &new);
+        plan.column_factor = &factors;
+    } else {
+        vanished = 0;
     }
     vanished += update(&mut w, &plan);
     let after = frobenius(&products(&w.as_rows(), q, None));
@@ -109,6 +110,21 @@ pub fn orthogonalize_columns<T: Element<Acc: Arithmetic>>(
         after,
         vanished,
     })
+}
+
+fn typed<A: Real>(values: &[f64]) -> Vec<A> {
+    values.iter().map(|v| A::from_f64(*v)).collect()
+}
+
+fn inverses(norms: &[f64]) -> Vec<f64> {
+    let inverse = |n: &f64| if *n > 0.0 { 1.0 / n } else { 0.0 };
+    norms.iter().map(inverse).collect()
+}
+
+fn restoring_factors<A: Real>(old: &[f64], new: &[f64]) -> Vec<A> {
+    (old.iter().zip(new))
+        .map(|(o, n)| A::from_f64(restoring_factor(*o, *n)))
+        .collect()
 }
 
 fn frobenius(values: &[f64]) -> f64 {
@@ -155,12 +171,16 @@ fn products<T: Element<Acc: Arithmetic>>(
 ) -> Vec<f64> {
     let bytes = w.rows() * w.width() * size_of::<T>() * q.rank;
     let parts = par::map(bytes, par::ranges(w.rows(), CHUNK), |rows| {
+        let mut sums = vec![0.0; q.rank * w.width()];
         dispatch(Products {
             w,
             q,
             row_weight,
             rows,
-        })
+            first: 0,
+            sums: &mut sums,
+        });
+        sums
     });
     add_up(parts)
 }
@@ -175,47 +195,46 @@ fn add_up(parts: Vec<Vec<f64>>) -> Vec<f64> {
     total
 }
 
+/// Adds the products of some rows of `w` to `sums`; their number is a multiple of [`GROUP`] unless they are the last.
 struct Products<'a, T: Element> {
     w: &'a Rows<'a, T>,
     q: &'a Orthonormal,
     row_weight: Option<&'a [f64]>,
     rows: Range<usize>,
+    /// Row of the matrix that row 0 of `w` is.
+    first: usize,
+    sums: &'a mut [f64],
 }
 
 impl<T: Element<Acc: Arithmetic>> Kernel for Products<'_, T> {
-    type Output = Vec<f64>;
+    type Output = ();
     #[inline(always)]
-    fn run(self) -> Vec<f64> {
+    fn run(mut self) {
         let width = self.w.width();
-        let mut sums = vec![0.0; self.q.rank * width];
+        let sums = std::mem::take(&mut self.sums);
         let mut start = self.rows.start;
         while start < self.rows.end {
             let count = GROUP.min(self.rows.end - start);
             // A short last group repeats its first row with weight zero.
             let row = |i: usize| &self.w.row(start + if i < count { i } else { 0 })[..width];
             let x: [&[T]; GROUP] = std::array::from_fn(row);
-            for (k, sums) in self.sums_of(&mut sums).enumerate() {
+            for (k, sums) in sums.chunks_exact_mut(width).enumerate() {
                 let c: [T::Acc; GROUP] =
                     std::array::from_fn(|i| self.weight(k, start + i, i < count));
                 add_group(sums, &x, &c);
             }
             start += GROUP;
         }
-        sums
     }
 }
 
 impl<T: Element<Acc: Arithmetic>> Products<'_, T> {
     #[inline(always)]
-    fn sums_of<'s>(&self, sums: &'s mut [f64]) -> std::slice::ChunksExactMut<'s, f64> {
-        sums.chunks_exact_mut(self.w.width())
-    }
-
-    #[inline(always)]
-    fn weight(&self, k: usize, o: usize, present: bool) -> T::Acc {
+    fn weight(&self, k: usize, i: usize, present: bool) -> T::Acc {
         if !present {
             return T::Acc::ZERO;
         }
+        let o = self.first + i;
         T::Acc::from_f64(self.q.row(k)[o] * self.row_weight.map_or(1.0, |w| w[o]))
     }
 }
@@ -252,16 +271,17 @@ fn row_norms<T: Element>(w: &Rows<'_, T>) -> Vec<f64> {
 }
 
 /// Everything the update of one row needs.
+#[derive(Clone, Copy)]
 struct Plan<'a, A> {
     q: &'a Orthonormal,
     scale: f64,
     keep: NormPreserving,
     /// `Q W` (of the normalised rows for the row forms).
-    products: Vec<A>,
+    products: &'a [A],
     /// Lengths of the rows, for the row forms.
-    norms: Vec<f64>,
+    norms: &'a [f64],
     /// What each column is multiplied by at the end; empty for none.
-    column_factor: Vec<A>,
+    column_factor: &'a [A],
 }
 
 /// Row `o` of the edited matrix, unrounded, into `out`; `true` if its length could not be restored.
@@ -290,7 +310,7 @@ fn updated_row<T: Element<Acc: Arithmetic>>(
         out.iter_mut().for_each(|y| *y = *y * factor);
         return count_vanished(&[old], &[new]) > 0;
     }
-    for (y, f) in out.iter_mut().zip(&plan.column_factor) {
+    for (y, f) in out.iter_mut().zip(plan.column_factor) {
         *y = *y * *f;
     }
     false
@@ -301,62 +321,391 @@ fn column_squares<T: Element<Acc: Arithmetic>>(
     w: &Rows<'_, T>,
     plan: &Plan<'_, T::Acc>,
 ) -> (Vec<f64>, Vec<f64>) {
-    struct Squares<'a, T: Element>(&'a Rows<'a, T>, &'a Plan<'a, T::Acc>, Range<usize>);
-    impl<T: Element<Acc: Arithmetic>> Kernel for Squares<'_, T> {
-        type Output = Vec<f64>;
-        #[inline(always)]
-        fn run(self) -> Vec<f64> {
-            let width = self.0.width();
-            let mut sums = vec![0.0; 2 * width];
-            let (old, new) = sums.split_at_mut(width);
-            let mut scratch = vec![T::Acc::ZERO; width];
-            for o in self.2 {
-                let row = self.0.row(o);
-                updated_row(self.1, o, row, &mut scratch);
-                for (s, x) in old.iter_mut().zip(row) {
-                    *s += x.load().to_f64() * x.load().to_f64();
-                }
-                for (s, y) in new.iter_mut().zip(&scratch) {
-                    *s += y.to_f64() * y.to_f64();
-                }
-            }
-            sums
-        }
-    }
     let bytes = w.rows() * w.width() * size_of::<T>();
-    let parts = par::map(bytes, par::ranges(w.rows(), CHUNK), |r| {
-        dispatch(Squares(w, plan, r))
+    let parts = par::map(bytes, par::ranges(w.rows(), CHUNK), |rows| {
+        let mut sums = vec![0.0; 2 * w.width()];
+        dispatch(Squares {
+            w,
+            plan,
+            rows,
+            first: 0,
+            sums: &mut sums,
+        });
+        sums
     });
     let mut old = add_up(parts);
     let new = old.split_off(old.len() / 2);
     (old, new)
 }
 
-/// Writes the edited rows; returns how many of them could not get their length back.
-fn update<T: Element<Acc: Arithmetic>>(w: &mut RowsMut<'_, T>, plan: &Plan<'_, T::Acc>) -> usize {
-    struct Update<'a, T: Element>(Run<&'a mut [T]>, &'a Plan<'a, T::Acc>, usize);
-    impl<T: Element<Acc: Arithmetic>> Kernel for Update<'_, T> {
-        type Output = usize;
-        #[inline(always)]
-        fn run(self) -> usize {
-            let width = self.2;
-            let mut scratch = vec![T::Acc::ZERO; width];
-            let mut vanished = 0;
-            for (k, row) in self.0.data.chunks_exact_mut(width).enumerate() {
-                vanished += usize::from(updated_row(self.1, self.0.first + k, row, &mut scratch));
-                for (x, y) in row.iter_mut().zip(&scratch) {
-                    *x = T::store(*y);
-                }
+/// Adds the squares of the old, then of the updated elements of some rows of `w` to the two halves of `sums`.
+struct Squares<'a, T: Element> {
+    w: &'a Rows<'a, T>,
+    plan: &'a Plan<'a, T::Acc>,
+    rows: Range<usize>,
+    /// Row of the matrix that row 0 of `w` is.
+    first: usize,
+    sums: &'a mut [f64],
+}
+
+impl<T: Element<Acc: Arithmetic>> Kernel for Squares<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let width = self.w.width();
+        let (old, new) = self.sums.split_at_mut(width);
+        let mut scratch = vec![T::Acc::ZERO; width];
+        for i in self.rows {
+            let row = self.w.row(i);
+            updated_row(self.plan, self.first + i, row, &mut scratch);
+            for (s, x) in old.iter_mut().zip(row) {
+                *s += x.load().to_f64() * x.load().to_f64();
             }
-            vanished
+            for (s, y) in new.iter_mut().zip(&scratch) {
+                *s += y.to_f64() * y.to_f64();
+            }
         }
     }
+}
+
+/// Writes the edited rows; returns how many of them could not get their length back.
+fn update<T: Element<Acc: Arithmetic>>(w: &mut RowsMut<'_, T>, plan: &Plan<'_, T::Acc>) -> usize {
     let width = w.width();
     let row_bytes = width * size_of::<T>();
     let bytes = w.rows() * row_bytes;
     let runs = w.reborrow().into_runs((par::ITEM_BYTES / row_bytes).max(1));
     let counts = par::map(bytes, runs, |run| dispatch(Update(run, plan, width)));
     counts.into_iter().sum()
+}
+
+/// A run of rows (its `first` counts from the start of the matrix), the plan, the width.
+struct Update<'a, T: Element>(Run<&'a mut [T]>, &'a Plan<'a, T::Acc>, usize);
+
+impl<T: Element<Acc: Arithmetic>> Kernel for Update<'_, T> {
+    type Output = usize;
+    #[inline(always)]
+    fn run(self) -> usize {
+        let width = self.2;
+        let mut scratch = vec![T::Acc::ZERO; width];
+        let mut vanished = 0;
+        for (k, row) in self.0.data.chunks_exact_mut(width).enumerate() {
+            vanished += usize::from(updated_row(self.1, self.0.first + k, row, &mut scratch));
+            for (x, y) in row.iter_mut().zip(&scratch) {
+                *x = T::store(*y);
+            }
+        }
+        vanished
+    }
+}
+
+/// [`orthogonalize_columns`] of a matrix that comes a few rows at a time, in order and several times over: first
+/// [`ByTile::measure`] and [`ByTile::end_pass`] for each of [`ByTile::passes`], then [`ByTile::update`]. Every tile but
+/// the last has a multiple of [`ByTile::STEP`] rows. The bits are those of the matrix in one piece.
+pub struct ByTile<A> {
+    q: Arc<Orthonormal>,
+    scale: f64,
+    keep: NormPreserving,
+    width: usize,
+    pass: usize,
+    before: Sums,
+    weighted: Sums,
+    squares: Sums,
+    after: Sums,
+    norms: Vec<f64>,
+    products: Vec<A>,
+    column_factor: Vec<A>,
+    norm_before: f64,
+    vanished: usize,
+}
+
+/// A sum over chunks of rows, added in order as [`add_up`] does.
+#[derive(Default)]
+struct Sums {
+    part: Vec<f64>,
+    total: Option<Vec<f64>>,
+}
+
+impl Sums {
+    fn part(&mut self, len: usize) -> &mut [f64] {
+        self.part.resize(len, 0.0);
+        &mut self.part
+    }
+
+    fn close(&mut self) {
+        if self.part.is_empty() {
+            return;
+        }
+        let part = std::mem::take(&mut self.part);
+        self.total = Some(match self.total.take() {
+            None => part,
+            Some(total) => add_up(vec![total, part]),
+        });
+    }
+
+    fn take(&mut self) -> Vec<f64> {
+        self.close();
+        self.total.take().unwrap_or_default()
+    }
+}
+
+/// What undoes an update up to rounding; see [`ByTile::factors`].
+#[derive(Debug, Clone)]
+pub struct Factors<A> {
+    pub q: Arc<Orthonormal>,
+    pub scale: f64,
+    /// `Q W`, `rank × in`, as it was subtracted.
+    pub products: Vec<A>,
+    /// Lengths of the rows for [`NormPreserving::RowPre`], else empty.
+    pub norms: Vec<f64>,
+    /// What the columns were multiplied by; empty for 1.
+    pub column_factor: Vec<A>,
+}
+
+impl<A: Arithmetic> ByTile<A> {
+    /// Rows of a tile are a multiple of this.
+    pub const STEP: usize = GROUP;
+
+    /// For a matrix of `q.width` rows of `width`.
+    pub fn new(q: Arc<Orthonormal>, width: usize, scale: f64, keep: NormPreserving) -> Self {
+        Self {
+            q,
+            scale,
+            keep,
+            width,
+            pass: 0,
+            before: Sums::default(),
+            weighted: Sums::default(),
+            squares: Sums::default(),
+            after: Sums::default(),
+            norms: Vec::new(),
+            products: Vec::new(),
+            column_factor: Vec::new(),
+            norm_before: 0.0,
+            vanished: 0,
+        }
+    }
+
+    /// How often the matrix is measured before it is updated.
+    pub fn passes(&self) -> usize {
+        if self.keep == NormPreserving::In {
+            2
+        } else {
+            1
+        }
+    }
+
+    fn plan(&self) -> Plan<'_, A> {
+        Plan {
+            q: &self.q,
+            scale: self.scale,
+            keep: self.keep,
+            products: &self.products,
+            norms: &self.norms,
+            column_factor: &self.column_factor,
+        }
+    }
+
+    fn by_row(&self) -> bool {
+        matches!(self.keep, NormPreserving::Row | NormPreserving::RowPre)
+    }
+
+    /// Takes in the rows from `first` on.
+    ///
+    /// # Errors
+    /// `NonFinite`, its index counted from the start of the matrix; `Degenerate` where products overflow.
+    pub fn measure<T: Element<Acc = A>>(&mut self, first: usize, w: &Rows<'_, T>) -> Result<()> {
+        if self.pass > 0 {
+            let mut squares = std::mem::take(&mut self.squares);
+            let plan = self.plan();
+            by_chunk(first, w.rows(), &mut [&mut squares], |rows, sums| {
+                dispatch(Squares {
+                    w,
+                    plan: &plan,
+                    rows,
+                    first,
+                    sums: sums[0].part(2 * self.width),
+                });
+            });
+            self.squares = squares;
+            return Ok(());
+        }
+        let len = self.q.rank * self.width;
+        let mut inverse = Vec::new();
+        if self.by_row() {
+            self.norms.extend(row_norms(w));
+            inverse = inverses(&self.norms);
+        }
+        let (q, by_row) = (self.q.clone(), self.by_row());
+        let sums = &mut [&mut self.before, &mut self.weighted];
+        by_chunk(first, w.rows(), sums, |rows, sums| {
+            let add = |row_weight: Option<&[f64]>, sums: &mut Sums| {
+                dispatch(Products {
+                    w,
+                    q: &q,
+                    row_weight,
+                    rows: rows.clone(),
+                    first,
+                    sums: sums.part(len),
+                });
+            };
+            add(None, sums[0]);
+            if by_row {
+                add(Some(&inverse), sums[1]);
+            }
+        });
+        Ok(())
+    }
+
+    /// Ends a pass over the matrix.
+    ///
+    /// # Errors
+    /// `Degenerate` where the products overflowed.
+    pub fn end_pass(&mut self) -> Result<()> {
+        if self.pass == 0 {
+            let plain = self.before.take();
+            self.norm_before = frobenius(&plain);
+            if !self.norm_before.is_finite() {
+                return Err(Error::degenerate(
+                    "weight",
+                    "its products with the direction overflow",
+                ));
+            }
+            let found = if self.by_row() {
+                self.weighted.take()
+            } else {
+                plain
+            };
+            self.products = typed(&found);
+        } else {
+            let mut old = self.squares.take();
+            let new = old.split_off(old.len() / 2);
+            self.vanished = count_vanished(&old, &new);
+            self.column_factor = restoring_factors(&old, &new);
+        }
+        self.pass += 1;
+        Ok(())
+    }
+
+    /// Edits the rows from `first` on.
+    pub fn update<T: Element<Acc = A>>(&mut self, first: usize, data: &mut [T]) {
+        let plan = self.plan();
+        let vanished = dispatch(Update(
+            Run {
+                first,
+                data: &mut *data,
+            },
+            &plan,
+            self.width,
+        ));
+        self.vanished += vanished;
+    }
+
+    /// Takes in the rows from `first` on as they are stored in the end, for the report.
+    pub fn measure_after<T: Element<Acc = A>>(&mut self, first: usize, w: &Rows<'_, T>) {
+        let (q, len) = (self.q.clone(), self.q.rank * self.width);
+        by_chunk(first, w.rows(), &mut [&mut self.after], |rows, sums| {
+            dispatch(Products {
+                w,
+                q: &q,
+                row_weight: None,
+                rows,
+                first,
+                sums: sums[0].part(len),
+            });
+        });
+    }
+
+    /// What was done, once every row was measured and updated.
+    pub fn report(&mut self) -> Report {
+        Report {
+            before: self.norm_before,
+            after: frobenius(&self.after.take()),
+            vanished: self.vanished,
+        }
+    }
+
+    /// What [`Factors::invert`] needs, after the last pass; `None` for a form that it cannot undo.
+    pub fn factors(&self) -> Option<Factors<A>> {
+        (self.keep != NormPreserving::Row).then(|| Factors {
+            q: self.q.clone(),
+            scale: self.scale,
+            products: self.products.clone(),
+            norms: self.norms.clone(),
+            column_factor: self.column_factor.clone(),
+        })
+    }
+}
+
+impl<A: Arithmetic> Factors<A> {
+    /// Adds to the rows from `first` on what the update took away, in the arithmetic type, rounded once: what stood
+    /// there before, up to rounding.
+    pub fn invert<T: Element<Acc = A>>(&self, first: usize, width: usize, data: &mut [T]) {
+        let inverse: Vec<A> = (self.column_factor.iter())
+            .map(|f| if *f > A::ZERO { A::ONE / *f } else { A::ONE })
+            .collect();
+        dispatch(Invert {
+            factors: self,
+            inverse: &inverse,
+            first,
+            width,
+            data,
+        });
+    }
+}
+
+struct Invert<'a, T: Element> {
+    factors: &'a Factors<T::Acc>,
+    inverse: &'a [T::Acc],
+    first: usize,
+    width: usize,
+    data: &'a mut [T],
+}
+
+impl<T: Element<Acc: Arithmetic>> Kernel for Invert<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let (f, width) = (self.factors, self.width);
+        let mut scratch = vec![T::Acc::ZERO; width];
+        for (k, row) in self.data.chunks_exact_mut(width).enumerate() {
+            let o = self.first + k;
+            for (y, x) in scratch.iter_mut().zip(&*row) {
+                *y = x.load();
+            }
+            for (y, i) in scratch.iter_mut().zip(self.inverse) {
+                *y = *y * *i;
+            }
+            let length = f.norms.get(o).copied().unwrap_or(1.0);
+            for (k, c) in f.products.chunks_exact(width).enumerate() {
+                let a = T::Acc::from_f64(f.scale * length * f.q.row(k)[o]);
+                for (y, c) in scratch.iter_mut().zip(c) {
+                    *y += a * *c;
+                }
+            }
+            for (x, y) in row.iter_mut().zip(&scratch) {
+                *x = T::store(*y);
+            }
+        }
+    }
+}
+
+/// Calls `add` with the rows of each chunk that a tile of `rows` rows from `first` on reaches into (counted from the
+/// start of the tile), and closes the sums of the chunks that it ends.
+fn by_chunk(
+    first: usize,
+    rows: usize,
+    sums: &mut [&mut Sums],
+    mut add: impl FnMut(Range<usize>, &mut [&mut Sums]),
+) {
+    let mut at = 0;
+    while at < rows {
+        let end = (at + CHUNK - (first + at) % CHUNK).min(rows);
+        add(at..end, sums);
+        if (first + end).is_multiple_of(CHUNK) {
+            sums.iter_mut().for_each(|s| s.close());
+        }
+        at = end;
+    }
 }
 
 #[cfg(test)]
