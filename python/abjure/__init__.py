@@ -13,6 +13,7 @@ from ._native import __version__, get_num_threads, set_num_threads
 from .errors import (
     AbjureError,
     ArgumentError,
+    CheckpointError,
     DegenerateError,
     DeviceError,
     DTypeError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AbjureError",
     "ArgumentError",
+    "CheckpointError",
     "DTypeError",
     "DegenerateError",
     "DeviceError",

@@ -6,12 +6,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .errors import AbjureError
+from .errors import AbjureError, ArgumentError
 
 #: Packages that abjure works with, as installed distributions.
 COMPANIONS = (
@@ -28,7 +29,7 @@ COMPANIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command and returns the exit code: 0 done, 2 bad input (one line on standard error)."""
+    """Runs one sub-command and returns the exit code: 0 done, 1 not as written, 2 bad input (one line on stderr)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:  # keeps its own options
         from .bench import main as bench
@@ -51,9 +52,11 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="demo-out", metavar="DIR", help="folder for index.html and demo.json (%(default)s)"
     )
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of splits, weights and noise (%(default)s)")
-    info = commands.add_parser("info", help="versions, threads and instruction set")
+    info = commands.add_parser("info", help="versions, threads and instruction set; or what a checkpoint holds")
+    info.add_argument("path", nargs="?", help="a checkpoint")
     info.add_argument("--json", action="store_true", help="machine-readable")
     _measure_options(commands.add_parser("measure", help="refusal rates of a file of responses, with intervals"))
+    add_checkpoint_commands(commands)
     commands.add_parser("bench", help="every kernel beside its plain form; see abjure bench --help", add_help=False)
     return top
 
@@ -121,7 +124,156 @@ def run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_checkpoint_commands(commands: Any) -> None:
+    """The commands that edit checkpoints on disk."""
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        found: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        found.add_argument("--json", action="store_true", help="machine-readable")
+        found.add_argument("--memory", default="256M", metavar="SIZE", help="working memory (%(default)s)")
+        found.add_argument("--quiet", action="store_true", help="no progress bar")
+        return found
+
+    def editing(name: str, text: str) -> argparse.ArgumentParser:
+        found = command(name, text)
+        found.add_argument("source", metavar="SRC", help="a directory or .safetensors file")
+        found.add_argument("out", metavar="OUT", nargs="?", help="what to write; left out with --in-place")
+        found.add_argument("--in-place", action="store_true", help="change SRC itself, with a journal")
+        found.add_argument("--dry-run", action="store_true", help="print what would be done, with bytes and time")
+        found.add_argument(
+            "--hashes", choices=("all", "edited"), default="all", help="which tensors to hash (%(default)s)"
+        )
+        return found
+
+    ablate = editing("ablate", "remove a direction from every tensor that writes to the residual stream")
+    ablate.add_argument("--direction", required=True, metavar="FILE", help="a saved Direction")
+    ablate.add_argument("--scale", type=decimal, default=1, metavar="X", help="1 removes, 2 reflects (%(default)s)")
+    ablate.add_argument("--layers", metavar="A-B,C", help="blocks, such as 4-11,-1; all where left out")
+    ablate.add_argument("--tensors", action="append", metavar="PATTERN[:AXIS]", help="only these writers; repeatable")
+    ablate.add_argument("--norm-preserving", choices=("in", "row", "row_pre"))
+    ablate.add_argument("--tied", choices=("skip", "untie", "edit"), help="an embedding that is also the output head")
+    scale = editing("scale", "multiply tensors by a factor")
+    scale.add_argument("--tensors", action="append", required=True, metavar="PATTERN", help="repeatable")
+    scale.add_argument("--factor", type=decimal, required=True, metavar="X")
+    scale.add_argument("--layers", metavar="A-B,C", help="blocks; all where left out")
+    dampen = editing("dampen", "selective synaptic dampening by saved importances")
+    dampen.add_argument("--forget", required=True, metavar="FILE", help="a saved Fisher of the forget set")
+    dampen.add_argument("--retain", required=True, metavar="FILE", help="a saved Fisher of the retained, or all, data")
+    dampen.add_argument("--alpha", type=decimal, default=10, metavar="X", help="selection weighting (%(default)s)")
+    dampen.add_argument("--lam", type=decimal, default=1, metavar="X", help="dampening constant (%(default)s)")
+    dampen.add_argument("--include", action="append", metavar="PATTERN", help="repeatable")
+    dampen.add_argument("--exclude", action="append", metavar="PATTERN", help="repeatable")
+    recipe = editing("edit", "apply a recipe")
+    recipe.add_argument("--recipe", required=True, metavar="FILE", help="a TOML file of ops")
+    undo = command("undo", "restore a checkpoint to the bits before its last edit")
+    undo.add_argument("path", metavar="OUT", help="an edited checkpoint")
+    undo.add_argument("--to", metavar="PATH", help="write the restored checkpoint there instead of restoring in place")
+    verify = command(
+        "verify", "compare every tensor with the hashes that the edit wrote; exit code 1 where one differs"
+    )
+    verify.add_argument("path", metavar="OUT", help="an edited checkpoint")
+
+
+def decimal(text: str) -> Any:
+    """A number exactly as it is written."""
+    from decimal import Decimal, InvalidOperation
+
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def layers(text: str | None) -> list[int] | None:
+    """``4-11,-1`` as a list of blocks."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ArgumentError(f"layers: expected blocks such as 4-11,-1, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        found += range(first, last + 1) or [first, last]
+    return found
+
+
+def writers(patterns: list[str] | None) -> Any:
+    """Patterns, or a mapping of pattern to axis where they all end in ``:AXIS``."""
+    if patterns is None:
+        return None
+    parts = [p.rpartition(":") for p in patterns]
+    axes = [re.fullmatch(r"-?\d", axis) is not None and bool(name) for name, _, axis in parts]
+    if all(axes):
+        return {name: int(axis) for name, _, axis in parts}
+    if any(axes):
+        raise ArgumentError(f"tensors: expected an axis for every pattern or for none, got {patterns}")
+    return patterns
+
+
+def run_edit(options: argparse.Namespace) -> int:
+    from . import checkpoint
+
+    ops: Any
+    if options.command == "ablate":
+        ops = checkpoint.Ablate(
+            options.direction,
+            scale=options.scale,
+            layers=layers(options.layers),
+            tensors=writers(options.tensors),
+            norm_preserving=options.norm_preserving,
+            tied=options.tied,
+        )
+    elif options.command == "scale":
+        ops = checkpoint.Scale(options.tensors, options.factor, layers=layers(options.layers))
+    elif options.command == "dampen":
+        ops = checkpoint.Dampen(
+            options.forget,
+            options.retain,
+            alpha=options.alpha,
+            lam=options.lam,
+            include=options.include,
+            exclude=options.exclude,
+        )
+    else:
+        ops = options.recipe
+    result: Any = checkpoint.edit(
+        options.source,
+        options.out,
+        ops,
+        memory=options.memory,
+        dry_run=options.dry_run,
+        in_place=options.in_place,
+        hashes=options.hashes,
+        progress=not options.quiet,
+    )
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result)
+    return 0
+
+
+def run_undo(options: argparse.Namespace) -> int:
+    from . import checkpoint
+
+    path = checkpoint.undo(options.path, options.to, memory=options.memory, progress=not options.quiet)
+    print(json.dumps({"path": str(path)}) if options.json else f"{path}: as it was before the edit")
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from . import checkpoint
+
+    result = checkpoint.verify(options.path, memory=options.memory, progress=not options.quiet)
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result)
+    return 0 if result.ok else 1
+
+
 def run_info(options: argparse.Namespace) -> int:
+    if options.path is not None:
+        from . import checkpoint
+
+        found = checkpoint.info(options.path)
+        print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+        return 0
     facts = info()
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -161,7 +313,14 @@ def report_errors(command: Any) -> int:
         return 2
 
 
-COMMANDS = {"demo": run_demo, "info": run_info, "measure": run_measure}
+COMMANDS = {
+    "demo": run_demo,
+    "info": run_info,
+    "measure": run_measure,
+    **dict.fromkeys(("ablate", "dampen", "edit", "scale"), run_edit),
+    "undo": run_undo,
+    "verify": run_verify,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

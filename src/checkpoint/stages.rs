@@ -388,9 +388,11 @@ impl<'s, T: Editable> Chain<'s, T> {
         let (grid, width) = (self.grid, self.grid.width);
         match &mut self.stages[k] {
             Stage::Columns(c) => {
-                c.update(at.row, tile);
                 if last {
+                    c.update(at.row, tile);
                     c.measure_after(at.row, &Rows::matrix(tile, width));
+                } else {
+                    c.preview(at.row, tile);
                 }
             }
             Stage::Rows(stage) => {

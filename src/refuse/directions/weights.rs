@@ -586,18 +586,14 @@ impl<A: Arithmetic> ByTile<A> {
         Ok(())
     }
 
+    /// Edits the rows from `first` on, as [`ByTile::update`] does, for somebody who only looks at the result.
+    pub fn preview<T: Element<Acc = A>>(&self, first: usize, data: &mut [T]) -> usize {
+        dispatch(Update(Run { first, data }, &self.plan(), self.width))
+    }
+
     /// Edits the rows from `first` on.
     pub fn update<T: Element<Acc = A>>(&mut self, first: usize, data: &mut [T]) {
-        let plan = self.plan();
-        let vanished = dispatch(Update(
-            Run {
-                first,
-                data: &mut *data,
-            },
-            &plan,
-            self.width,
-        ));
-        self.vanished += vanished;
+        self.vanished += self.preview(first, data);
     }
 
     /// Takes in the rows from `first` on as they are stored in the end, for the report.
