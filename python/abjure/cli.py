@@ -29,7 +29,7 @@ COMPANIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command and returns the exit code: 0 done, 1 not as written, 2 bad input (one line on stderr)."""
+    """Runs one sub-command and returns the exit code: 0 done, 1 not alike, 2 bad input (one line on stderr)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:  # keeps its own options
         from .bench import main as bench
@@ -165,6 +165,13 @@ def add_checkpoint_commands(commands: Any) -> None:
     dampen.add_argument("--exclude", action="append", metavar="PATTERN", help="repeatable")
     recipe = editing("edit", "apply a recipe")
     recipe.add_argument("--recipe", required=True, metavar="FILE", help="a TOML file of ops")
+    diff = commands.add_parser("diff", help="compare two checkpoints tensor by tensor; exit code 1 where they differ")
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+    diff.add_argument(
+        "--no-rank", action="store_true", help="read changed tensors once, without the rank of the change"
+    )
+    diff.add_argument("--json", action="store_true", help="machine-readable")
     undo = command("undo", "restore a checkpoint to the bits before its last edit")
     undo.add_argument("path", metavar="OUT", help="an edited checkpoint")
     undo.add_argument("--to", metavar="PATH", help="write the restored checkpoint there instead of restoring in place")
@@ -251,6 +258,14 @@ def run_edit(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_diff(options: argparse.Namespace) -> int:
+    from . import checkpoint
+
+    found = checkpoint.diff(options.a, options.b, rank=not options.no_rank)
+    print(found.to_json() if options.json else found)
+    return 0 if found.identical else 1
+
+
 def run_undo(options: argparse.Namespace) -> int:
     from . import checkpoint
 
@@ -318,6 +333,7 @@ COMMANDS = {
     "info": run_info,
     "measure": run_measure,
     **dict.fromkeys(("ablate", "dampen", "edit", "scale"), run_edit),
+    "diff": run_diff,
     "undo": run_undo,
     "verify": run_verify,
 }

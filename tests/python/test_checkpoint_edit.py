@@ -773,6 +773,9 @@ def test_commands(source, tmp_path, capsys):
     assert run("verify", out, "--quiet")[0] == 0
     code, text = run("info", out, "--json")
     assert json.loads(text.out)["history"][0]["tensors"] == 4
+    code, text = run("diff", source, out, "--json")
+    assert code == 1
+    assert not json.loads(text.out)["identical"]
     code, text = run("info", source)
     assert code == 0
     assert "llama" in text.out
