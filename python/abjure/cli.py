@@ -168,9 +168,7 @@ def add_checkpoint_commands(commands: Any) -> None:
     diff = commands.add_parser("diff", help="compare two checkpoints tensor by tensor; exit code 1 where they differ")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
-    diff.add_argument(
-        "--no-rank", action="store_true", help="read changed tensors once, without the rank of the change"
-    )
+    diff.add_argument("--no-rank", action="store_true", help="read changed tensors once, give no ranks")
     diff.add_argument("--json", action="store_true", help="machine-readable")
     undo = command("undo", "restore a checkpoint to the bits before its last edit")
     undo.add_argument("path", metavar="OUT", help="an edited checkpoint")

@@ -2,8 +2,8 @@
 
 Nothing here imports torch, or loads a model. An edit is a list of ops (:class:`Ablate`, :class:`Scale`,
 :class:`Dampen`); :func:`resolve` tells from ``config.json`` and the tensors' names what an op touches; a
-:class:`Recipe` writes ops down. :func:`edit` does them, :func:`undo` takes them back, :func:`verify` checks every tensor
-by its hash. :func:`diff` compares two checkpoints, :func:`from_gguf` reads GGUF files.
+:class:`Recipe` writes ops down. :func:`edit` does them, :func:`undo` takes them back, :func:`verify` checks every
+tensor by its hash. :func:`diff` compares two checkpoints, :func:`from_gguf` reads GGUF files.
 """
 
 from __future__ import annotations
