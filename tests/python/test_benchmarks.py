@@ -36,8 +36,10 @@ from abjure.measure import (
     read_xstest,
     refusal_tradeoff,
     safe_answer_refusal_rate,
+    sorry_bench_sample,
     sorry_bench_scores,
     strongreject_scores,
+    xstest_sample,
     xstest_scores,
 )
 from abjure.measure._scores import cohen_kappa, decimal_places, holm, mcnemar, mean_estimate, student_t
@@ -203,6 +205,27 @@ def test_reading_sorry_bench(tmp_path):
     judged.write_text('{"question_id": 1}\n')
     with pytest.raises(ArgumentError, match="line 1: no field 'model', 'score'"):
         read_sorry_bench(questions, judged)
+
+
+def test_the_samples_have_the_published_formats(tmp_path):
+    questions, judged = tmp_path / "question.jsonl", tmp_path / "judge.jsonl"
+    rows = sorry_bench_sample()
+    base = [r for r in rows if r["prompt_style"] == "base"]
+    questions.write_text("\n".join(map(json.dumps, base)))
+    scores = [{"question_id": r["question_id"], "model": "m", "score": i % 2} for i, r in enumerate(base)]
+    judged.write_text("\n".join(map(json.dumps, scores)))
+    assert sorry_bench_scores(**read_sorry_bench(questions, judged)).overall == Rate(5, 10)
+    pairs = [(r["question_id"], r["prompt_style"]) for r in rows]
+    assert len(set(pairs)) == len(rows) == 20
+    path, prompts = tmp_path / "xstest.csv", xstest_sample()
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(prompts[0]))
+        writer.writeheader()
+        writer.writerows(prompts)
+    columns = read_xstest(path)
+    assert [t.startswith("contrast_") for t in columns["type"]] == [v == "unsafe" for v in columns["label"]]
+    found = xstest_scores(["full_compliance"] * 20, columns["type"])
+    assert (found.safe, found.unsafe) == (Rate(0, 10), Rate(0, 10))
 
 
 # Over-refusal

@@ -52,8 +52,10 @@ from .benchmarks import (
     read_xstest,
     refusal_tradeoff,
     safe_answer_refusal_rate,
+    sorry_bench_sample,
     sorry_bench_scores,
     strongreject_scores,
+    xstest_sample,
     xstest_scores,
 )
 from .membership import SVC_FEATURES, entropy_mia, modified_entropy, svc_mia
@@ -141,10 +143,12 @@ __all__ = [
     "refusal_tradeoff",
     "safe_answer_refusal_rate",
     "sequence_mia",
+    "sorry_bench_sample",
     "sorry_bench_scores",
     "strongreject_scores",
     "svc_mia",
     "truth_ratio",
     "tug_of_war",
+    "xstest_sample",
     "xstest_scores",
 ]

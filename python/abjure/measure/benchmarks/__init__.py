@@ -18,6 +18,7 @@ from .over_refusal import (
     refusal_tradeoff,
     xstest_scores,
 )
+from .samples import sorry_bench_sample, xstest_sample
 from .search import FactorisedSearch, factorised_search_scores
 from .sorry import (
     SORRY_BENCH_CATEGORIES,
@@ -70,7 +71,9 @@ __all__ = [
     "read_xstest",
     "refusal_tradeoff",
     "safe_answer_refusal_rate",
+    "sorry_bench_sample",
     "sorry_bench_scores",
     "strongreject_scores",
+    "xstest_sample",
     "xstest_scores",
 ]
