@@ -7,6 +7,8 @@ For language models that were made to forget: :mod:`~abjure.measure.quality` (:f
 Refusals by published lists of phrases: :func:`refusal_match`, with :func:`corrected_rate` for the known errors of a
 list, and :func:`measure_responses` for a file of responses. Scores that benchmarks define:
 :mod:`~abjure.measure.benchmarks`; any of it on one page: :class:`Report`.
+Classifiers of texts: :mod:`~abjure.measure.text` (:class:`NgramRefusalClassifier`, :class:`TsetlinTextClassifier`,
+:class:`TopicMatcher`).
 Rates with intervals: :func:`rate`, :func:`rate_difference`; rankings: :func:`average_precision`.
 """
 
@@ -75,6 +77,7 @@ from .report import Report
 from .responses import measure_responses
 from .sequence_membership import sequence_mia
 from .similarity import LinearCKA, cka
+from .text import NgramRefusalClassifier, TopicMatcher, TsetlinMachine, TsetlinTextClassifier
 from .transfer import Transfer, knn_transfer
 from .tug_of_war import tug_of_war
 
@@ -99,6 +102,7 @@ __all__ = [
     "FailSafe",
     "HoneSet",
     "LinearCKA",
+    "NgramRefusalClassifier",
     "OverRefusal",
     "PhraseList",
     "RTuning",
@@ -108,7 +112,10 @@ __all__ = [
     "SafeAnswerRefusal",
     "SorryBench",
     "StrongReject",
+    "TopicMatcher",
     "Transfer",
+    "TsetlinMachine",
+    "TsetlinTextClassifier",
     "attempts_curve",
     "average_precision",
     "chain_of_note_scores",
