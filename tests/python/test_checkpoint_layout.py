@@ -481,7 +481,7 @@ def test_quantised_writers_are_refused_by_name(tmp_path):
     oss, deepseek = Saved(tmp_path / "a"), Saved(tmp_path / "b")
     place = "model.layers.1.mlp.experts.down_proj"
     blocks = {place + "_blocks": TensorInfo((4, 32, 1, 16), "U8"), place + "_scales": TensorInfo((4, 32, 1), "U8")}
-    with pytest.raises(abjure.DTypeError, match=r"down_proj_blocks is quantised \(MXFP4\)"):
+    with pytest.raises(abjure.DTypeError, match=r"experts\.down_proj is quantised \(MXFP4\)"):
         resolve(*changed(oss, drop=[place], add=blocks), Ablate(Q))
     name = "model.layers.1.self_attn.o_proj.weight"
     fp8 = {name: TensorInfo((32, 32), "F8_E4M3"), name + "_scale_inv": TensorInfo((1, 1), "F32")}
