@@ -249,11 +249,13 @@ class CategoryScores:
         """``(n,)``: log-odds of a refusal when every category's log-odds are raised by its bias."""
         b = np.asarray(bias, dtype=np.float64)
         if len(b) == 1:
-            return self.mass + b[0]
+            common: Floats = self.mass + b[0]
+            return common
         # A common bias moves the stored mass, so that prompts whose rest has lost its digits keep theirs.
         with np.errstate(invalid="ignore"):
             inside = _lse((self.log_p[1:] + b[:, None]).T) - _lse(self.log_p[1:].T)
-        return self.mass + np.where(np.isnan(inside), 0.0, inside)
+        found: Floats = self.mass + np.where(np.isnan(inside), 0.0, inside)
+        return found
 
     def tilted(self, bias: Any) -> Floats:
         """``(n, K)``: probability of each category with its logit raised by its bias (at the scores' temperature)."""
