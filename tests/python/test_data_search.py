@@ -189,7 +189,7 @@ def test_worked_scores():
     assert found.rejection == Rate(1, 2)
     assert found.over_rejection == Rate(1, 4)
     assert found.unmarked == 1
-    assert "Rate(1/2" in found._repr_html_()
+    assert "<td>rejection rate (unanswerable)</td><td>1</td><td>2</td>" in found._repr_html_()
     assert math.isnan(chain_of_note_scores(["Answer: x"], ["x"]).rejection.rate)
 
 
