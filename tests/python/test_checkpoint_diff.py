@@ -225,13 +225,13 @@ def test_damaged_headers_are_refused(tmp_path):
 
     def refused(content, words="."):
         file.write_bytes(content)
-        with pytest.raises(abjure.AbjureError, match=words):
+        with pytest.raises(abjure.errors.CheckpointError, match=words):
             diff(good, bad)
 
     for end in [*range(0, 8 + length, 41), len(whole) - 1]:
         refused(whole[:end])
     refused(whole + b"\0")
-    refused(struct.pack("<Q", 1 << 60) + whole[8:], "more than there are")
+    refused(struct.pack("<Q", 1 << 60) + whole[8:], "states a header of")
     refused(b"PK\x03\x04" + whole, "pickle")
 
     def header(**entries):
@@ -242,9 +242,9 @@ def test_damaged_headers_are_refused(tmp_path):
     refused(header(a=eight, b=eight) + bytes(8), "overlap")
     refused(header(a={**eight, "data_offsets": [8, 0]}) + bytes(8))
     refused(header(a={**eight, "shape": [-2]}) + bytes(8))
-    refused(header(a={**eight, "shape": [3]}) + bytes(8), "8 bytes for F32")
+    refused(header(a={**eight, "shape": [3]}) + bytes(8), "do not hold the 12 bytes")
     refused(header(a={**eight, "dtype": "F7"}) + bytes(8), "F7")
-    refused(header(a=eight, b={**eight, "data_offsets": [12, 20]}) + bytes(20), "gap")
+    refused(header(a=eight, b={**eight, "data_offsets": [12, 20]}) + bytes(20), "leaves a hole")
     twice = (
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     )
@@ -263,5 +263,5 @@ def test_damaged_headers_are_refused(tmp_path):
     file.symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(abjure.AbjureError, match="leads out of the checkpoint"):
         diff(good, bad)
-    with pytest.raises(abjure.AbjureError, match="none"):
+    with pytest.raises(abjure.AbjureError, match="no such file"):
         diff(good, tmp_path / "none")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError
-from ._headers import Place, Shard, opened
+from .stored import Place, Shard, opened
 
 Array = np.ndarray[Any, Any]
 
@@ -181,7 +181,8 @@ def diff(
         A :class:`CheckpointDiff`.
 
     Raises:
-        ArgumentError: one of them is damaged, inconsistent or of another kind; ``max_rank`` is below 1.
+        CheckpointError: one of them is damaged, inconsistent or of another kind.
+        ArgumentError: ``max_rank`` is below 1.
     """
     if isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1:
         raise ArgumentError(f"max_rank: expected 1 or more, got {max_rank!r}")
