@@ -484,12 +484,35 @@ fn origin(text: &str, form: Form, start: usize, end: usize) -> (usize, usize) {
         let first = text[..start].chars().count();
         return (first, first + text[start..end].chars().count());
     }
+    if text.is_ascii() {
+        return ascii_origin(text.as_bytes(), start, end);
+    }
     // One entry per byte of the form: the character it came from.
     let from = match form {
         Form::Lower => lower_origins(text),
         _ => fold_origins(text).1,
     };
     (from[start], from[end - 1] + 1)
+}
+
+/// As [`origin`] for folded ASCII, where only white space is left out.
+fn ascii_origin(text: &[u8], start: usize, end: usize) -> (usize, usize) {
+    let (mut made, mut spaced, mut first) = (0, true, 0);
+    for (i, b) in text.iter().enumerate() {
+        let space = b.is_ascii_whitespace() || *b == 0x0b;
+        if space && spaced {
+            continue;
+        }
+        spaced = space;
+        if made == start {
+            first = i;
+        }
+        made += 1;
+        if made == end {
+            return (first, i + 1);
+        }
+    }
+    (first, text.len())
 }
 
 fn lower_origins(text: &str) -> Vec<usize> {
