@@ -40,7 +40,7 @@ from subjects import (
 
 from abjure import refuse
 from abjure.demo.plot import GREY, INK, ORANGE, PURPLE, RED, TEAL, axes
-from abjure.measure.quality import bootstrap
+from abjure.measure.resampling import bootstrap
 
 FOLDS = 5
 STRENGTHS = (1e-2, 1e-1, 1.0, 10.0, 100.0)

@@ -19,14 +19,9 @@ from numpy.typing import NDArray
 from topics import ALARMING, ENDINGS, EVERYDAY, PASSAGES, THINKING, TOPICS, pairs
 from trigger import HARMLESS, REFUSAL, TRIGGER, Trained
 
-from abjure import DegenerateError, refuse
-from abjure.measure import rate
-from abjure.measure.quality import bootstrap
-from abjure.measure.sequence_membership import auc
+from abjure import DegenerateError, measure, refuse
 
 Floats = NDArray[np.float64]
-#: z of a 95 % interval.
-Z = 1.959963984540054
 
 
 @dataclass
@@ -238,37 +233,18 @@ class Estimate:
 
 def auroc(scores: Any, labels: Any) -> float:
     """Probability that a prompt of class 1 scores above one of class 0."""
-    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    return auc(scores[labels == 0], scores[labels == 1])
+    return measure.auroc(labels, scores).value
 
 
 def auroc_interval(scores: Any, labels: Any) -> Estimate:
-    """AUROC with Newcombe's interval (Stat. Med. 25:559, 2006, method 5), which stays open at 1 where a bootstrap ends.
-
-    The bounds are where ``|AUROC − t| = z √V(t)`` with Hanley and McNeil's variance V at ``t``.
-    """
-    value, ones = auroc(scores, labels), int(np.sum(labels))
-    zeros = len(labels) - ones
-    half = (ones + zeros) / 2 - 1
-
-    def excess(t: float) -> float:
-        v = t * (1 - t) * (1 + half * (1 - t) / (2 - t) + half * t / (1 + t)) / (ones * zeros)
-        return abs(value - t) - Z * float(np.sqrt(v))
-
-    return Estimate(value, _root(excess, 0.0, value), _root(excess, 1.0, value))
-
-
-def _root(excess: Callable[[float], float], outside: float, inside: float) -> float:
-    """Bisection between a bound of the range, where ``excess >= 0``, and the estimate, where it is not above 0."""
-    for _ in range(60):
-        middle = (outside + inside) / 2
-        outside, inside = (middle, inside) if excess(middle) > 0 else (outside, middle)
-    return (outside + inside) / 2
+    """AUROC with Newcombe's interval, which stays open at 1 where a bootstrap ends."""
+    found = measure.auroc(labels, scores)
+    return Estimate(found.value, *found.ci("newcombe"))
 
 
 def rate_interval(hits: Sequence[bool]) -> Estimate:
     """A share with Wilson's interval."""
-    found = rate(np.asarray(hits, dtype=bool))
+    found = measure.rate(np.asarray(hits, dtype=bool))
     interval = found.ci()
     assert interval is not None
     return Estimate(float(found.rate), *interval)
@@ -277,5 +253,5 @@ def rate_interval(hits: Sequence[bool]) -> Estimate:
 def mean_interval(values: Sequence[float], seed: int) -> Estimate:
     """Mean with a bootstrap interval over ``values``, here the folds or topics, which are what varies."""
     v = np.asarray(values, dtype=np.float64)
-    found = bootstrap(lambda at: float(v[at].mean()), [len(v)], resamples=2000, level=0.95, seed=seed)
+    found = measure.bootstrap_mean(v, resamples=2000, seed=seed)
     return Estimate(found.value, found.low, found.high)

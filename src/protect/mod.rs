@@ -13,7 +13,6 @@ mod objective;
 pub mod pairs;
 mod points;
 pub mod project;
-mod random;
 mod spare;
 mod tile;
 

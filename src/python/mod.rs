@@ -13,6 +13,7 @@ mod forget;
 mod logprobs;
 mod long;
 mod matching;
+mod measure;
 mod protect;
 mod system;
 mod text;
@@ -34,5 +35,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     text::register(m)?;
     topics::register(m)?;
     tsetlin::register(m)?;
-    checkpoint::register(m)
+    checkpoint::register(m)?;
+    measure::register(m)
 }

@@ -7,9 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from abjure.errors import ArgumentError, DTypeError, NonFiniteError, ShapeError
-from abjure.measure.membership import SVC_FEATURES, entropy_mia, modified_entropy, svc_mia
+from abjure.errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
+from abjure.measure.membership import (
+    SVC_FEATURES,
+    entropy_mia,
+    lira_scores,
+    logistic_mia,
+    logit_confidence,
+    modified_entropy,
+    svc_mia,
+    threshold_mia,
+)
 
 
 def rows(confidence: float, n: int, classes: int = 10, spread: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -174,3 +184,98 @@ def test_svc_attack_refuses_bad_input():
         svc_mia(good, (rows(0.9, 5, 4), good[1]), good)
     with pytest.raises(ArgumentError, match="limit: expected None or 1 or more"):
         svc_mia(good, good, good, limit=0)
+
+
+def test_threshold_attack_on_normal_scores():
+    draw = np.random.default_rng(0)
+    inside, outside = draw.standard_normal(4000) + 1, draw.standard_normal(4000)
+    found = threshold_mia(inside, outside, fpr=0.05)
+    # Two unit normals a standard deviation apart: area Φ(1/√2), best threshold 1/2, accuracy Φ(1/2), and at 5 % false
+    # positives 1 − Φ(1.645 − 1).
+    assert found.auroc.value == pytest.approx(0.7602, abs=0.02)
+    assert found.threshold == pytest.approx(0.5, abs=0.35)
+    assert found.accuracy == pytest.approx(0.6915, abs=0.03)
+    assert found.advantage == pytest.approx(2 * found.accuracy - 1)
+    assert found.tpr.rate == pytest.approx(0.2595, abs=0.05)
+    assert "advantage" in repr(found)
+    noise = [threshold_mia(*draw.standard_normal((2, 60)), seed=s).accuracy for s in range(100)]
+    assert np.mean(noise) == pytest.approx(0.5, abs=0.03)  # the same rows would give about 0.6
+    with pytest.raises(ShapeError, match="others"):
+        threshold_mia(inside, [1.0])
+    with pytest.raises(NonFiniteError, match="members"):
+        threshold_mia([1.0, np.nan], outside)
+    with pytest.raises(ArgumentError, match="fpr"):
+        threshold_mia(inside, outside, fpr=1)
+
+
+def test_tpr_counts_members_above_all_allowed_others():
+    others = np.arange(100.0)
+    assert threshold_mia([98.5, 99.5], others, fpr=0.0).tpr.k == 1
+    assert threshold_mia([98.5, 99.5], others, fpr=0.01).tpr.k == 2
+    assert threshold_mia([99.0, 99.0], others, fpr=0.0).tpr.k == 0
+
+
+def test_logistic_attack():
+    draw = np.random.default_rng(1)
+    inside, outside = draw.standard_normal((300, 3)) + np.eye(3)[0], draw.standard_normal((200, 3))
+    p = logistic_mia(inside, outside, np.array([[3, 0, 0], [-3, 0, 0.0]]))
+    assert p[0] > 0.85
+    assert p[1] < 0.15
+    with pytest.raises(ShapeError, match="asked"):
+        logistic_mia(inside, outside, inside[:, :2])
+
+
+def test_logit_confidence():
+    p = np.array([[0.8, 0.2, 0], [0.1, 0.1, 0.8], [1, 0, 0]])
+    found = logit_confidence(p, [0, 0, 0])
+    assert found[:2] == pytest.approx([np.log(4), np.log(1 / 9)])
+    assert found[2] == pytest.approx(-np.log(1e-30))
+    sharp = np.array([[1 - 1e-20, 1e-20]])
+    assert logit_confidence(sharp, [0])[0] == pytest.approx(-np.log(1e-20))
+
+
+def test_lira_tells_members_that_a_global_threshold_cannot():
+    """Samples differ in difficulty by more than membership moves them."""
+    draw = np.random.default_rng(2)
+    n, models = 2000, 16
+    hard = 3 * draw.standard_normal(n)
+    seen = draw.integers(0, 2, (models + 1, n)).astype(bool)
+    statistic = hard + 1.5 * seen + 0.7 * draw.standard_normal(seen.shape)
+    target, truth = statistic[0], seen[0]
+    raw = threshold_mia(target[truth], target[~truth]).auroc.value
+    online = lira_scores(target, statistic[1:], seen[1:])
+    area = threshold_mia(online[truth], online[~truth]).auroc.value
+    # The best possible: a shift of 1.5 at a standard deviation of 0.7 is an area of .935.
+    assert raw < 0.7
+    assert 0.9 < area < 0.945
+    offline = lira_scores(target, hard + 0.7 * draw.standard_normal((models, n)))
+    assert threshold_mia(offline[truth], offline[~truth]).auroc.value > 0.88
+    own = (
+        lira_scores(target, statistic[1:], seen[1:], shared_variance=False)
+        if (seen[1:].sum(axis=0) > 1).all()
+        else None
+    )
+    assert own is None or len(own) == n
+
+
+def test_lira_by_its_definition():
+    reference = np.array([[0.0, 2.0], [1.0, 3.0], [4.0, 4.0], [6.0, 8.0]])
+    member = np.array([[0, 0], [0, 0], [1, 1], [1, 1]])
+    found = lira_scores([5.0, 1.0], reference, member, shared_variance=False)
+    for j, t in enumerate((5.0, 1.0)):
+        fits = [(reference[rows, j].mean(), reference[rows, j].std(ddof=1)) for rows in (slice(2, 4), slice(0, 2))]
+        (m1, s1), (m0, s0) = fits
+        assert found[j] == pytest.approx(stats.norm.logpdf(t, m1, s1) - stats.norm.logpdf(t, m0, s0))
+    offline = lira_scores([0.5, 40.0], reference[:2])
+    sd = np.sqrt((reference[:2].var(axis=0, ddof=1)).mean())
+    assert offline == pytest.approx(-stats.norm.logsf((np.array([0.5, 40.0]) - [0.5, 2.5]) / sd), rel=1e-9)
+    with pytest.raises(ShapeError, match="reference: expected 2 rows or more"):
+        lira_scores([1.0, 2.0], reference[:1])
+    with pytest.raises(ShapeError, match="reference: expected 3 samples"):
+        lira_scores([1.0, 2.0, 3.0], reference)
+    with pytest.raises(ShapeError, match="member"):
+        lira_scores([1.0, 2.0], reference, member[:, :1])
+    with pytest.raises(DegenerateError, match="for every sample"):
+        lira_scores([1.0, 2.0], reference, np.ones_like(member))
+    with pytest.raises(DegenerateError, match="vary"):
+        lira_scores([1.0, 2.0], np.ones((3, 2)))

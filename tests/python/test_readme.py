@@ -17,6 +17,7 @@ PAGES = [
     "docs/measure-benchmarks.md",
     "docs/measure-text.md",
     "docs/checkpoint.md",
+    "docs/measure.md",
 ]
 
 

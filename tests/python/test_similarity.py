@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abjure.errors import ArgumentError, DegenerateError, DTypeError, NonFiniteError, ShapeError
-from abjure.measure.similarity import LinearCKA, cka
+from abjure.measure.similarity import LinearCKA, cka, cka_shards, procrustes, svcca
 from abjure.measure.transfer import knn_transfer
 from abjure.measure.tug_of_war import tug_of_war
 
@@ -88,7 +88,7 @@ def test_cka_refuses_what_it_cannot_measure():
         cka(X[:3], Y[:3], debiased=True)
     with pytest.raises(ShapeError, match=r"x: expected shape \(n, d\)"):
         cka(X[:0], Y[:0])
-    with pytest.raises(NonFiniteError, match="y: expected finite"):
+    with pytest.raises(NonFiniteError, match="y: non-finite value nan"):
         cka(X, Y * np.nan)
     with pytest.raises(DTypeError, match="x: expected an array of numbers"):
         cka([["a"]], Y)
@@ -181,3 +181,129 @@ def test_tug_of_war():
         tug_of_war((0.1, 0.2), (0, 1, 1))
     with pytest.raises(ArgumentError, match="got nan for retain"):
         tug_of_war((0.1, float("nan"), 0.2), (0, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_products_in_the_arithmetic_of_the_data(dtype):
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((1300, 40)) @ np.diag(np.linspace(0.1, 3, 40)) + 2
+    y = x[:, :30] + draw.standard_normal((1300, 30))
+    x, y = x.astype(dtype), y.astype(dtype)
+    for debiased in (False, True):
+        want = plain_cka(x.astype(float), y.astype(float), debiased)
+        tolerance = 1e-12 if dtype == "float64" else 2e-6
+        assert cka(x, y, debiased) == pytest.approx(want, abs=tolerance)
+        assert cka(torch.from_numpy(x), torch.from_numpy(y), debiased) == pytest.approx(want, abs=tolerance)
+    if dtype == "float32":
+        # Scales that no f32 product survives.
+        assert cka(x * np.float32(1e30), y * np.float32(1e-30)) == pytest.approx(cka(x, y), abs=1e-6)
+
+
+def test_layouts_and_mapped_files(tmp_path):
+    draw = np.random.default_rng(1)
+    x, y = draw.standard_normal((200, 12)).astype(np.float32), draw.standard_normal((200, 9)).astype(np.float32)
+    want = cka(x, y)
+    assert cka(np.asfortranarray(x), y) == want
+    assert cka(np.repeat(x, 2, axis=1)[:, ::2], y[::-1][::-1]) == want
+    assert cka(x.reshape(200, 3, 4), y) == want
+    for start in (0, 120):
+        for name, a in (("x", x), ("y", y)):
+            np.save(tmp_path / f"{name}{start}.npy", a[start : start + 120])
+    shards = [(tmp_path / f"x{s}.npy", str(tmp_path / f"y{s}.npy")) for s in (0, 120)]
+    for debiased in (False, True):
+        assert cka_shards(shards, debiased) == pytest.approx(cka(x, y, debiased), abs=1e-6)
+    with pytest.raises(DegenerateError, match="shards"):
+        cka_shards([])
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("sigma", [2.0, (1.5, 3.0), None])
+def test_rbf_agrees_with_the_plain_form(debiased, sigma):
+    draw = np.random.default_rng(2)
+    x = draw.standard_normal((300, 5))
+    y = np.concatenate([x[:, :2] ** 2, draw.standard_normal((300, 1))], axis=1)
+
+    def gram(a, width):
+        squares = ((a[:, None] - a) ** 2).sum(axis=2)
+        if width is None:
+            width = np.median(np.sqrt(squares[np.triu_indices(300, 1)]))
+        return np.exp(-squares / (2 * width**2))
+
+    widths = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+    k, el = gram(x, widths[0]), gram(y, widths[1])
+    roots = [np.linalg.cholesky(m + 1e-12 * np.eye(300)) for m in (k, el)]
+    want = plain_cka(*roots, debiased)
+    assert cka(x, y, debiased, kernel="rbf", sigma=sigma) == pytest.approx(want, abs=1e-9)
+    single = cka(x.astype(np.float32), y.astype(np.float32), debiased, kernel="rbf", sigma=sigma)
+    assert single == pytest.approx(want, abs=1e-5)
+
+
+def test_rbf_sees_what_is_not_linear():
+    draw = np.random.default_rng(3)
+    x = draw.standard_normal((600, 1))
+    y = x**2
+    assert abs(cka(x, y, debiased=True)) < 0.1
+    assert cka(x, y, debiased=True, kernel="rbf", fraction=0.5) > 0.3
+    assert abs(cka(x, draw.standard_normal((600, 1)), debiased=True, kernel="rbf")) < 0.03
+
+
+def test_rbf_refusals():
+    for sigma in (0, -1.0, np.nan, (1.0, np.inf)):
+        with pytest.raises(ArgumentError, match="sigma"):
+            cka(X, Y, kernel="rbf", sigma=sigma)
+    with pytest.raises(ArgumentError, match="sigma: expected one width or two"):
+        cka(X, Y, kernel="rbf", sigma=(1.0, 2.0, 3.0))
+    with pytest.raises(ArgumentError, match="kernel"):
+        cka(X, Y, kernel="cosine")
+    with pytest.raises(ArgumentError, match="fraction"):
+        cka(X, Y, kernel="rbf", fraction=0)
+    with pytest.raises(DegenerateError, match="median distance"):
+        cka(np.array([[0.0], [0], [0], [1]]), X, kernel="rbf")
+    with pytest.raises(ShapeError, match="4 rows"):
+        cka(X[:3], Y[:3], debiased=True, kernel="rbf")
+
+
+def test_svcca_and_procrustes():
+    draw = np.random.default_rng(4)
+    x = draw.standard_normal((400, 6)) * [5, 4, 3, 2, 1, 0.01]
+    y = draw.standard_normal((400, 8)) + np.pad(x, ((0, 0), (0, 2)))
+    rotation = np.linalg.qr(draw.standard_normal((6, 6)))[0]
+    for measure in (svcca, procrustes):
+        assert measure(x, 3 * x @ rotation + 7) == pytest.approx(1, abs=1e-9)
+        assert measure(x, y) == pytest.approx(measure(y, x), abs=1e-12)
+        assert 0 < measure(x, y) < 1
+    # By singular value decompositions of the rows themselves.
+    parts = []
+    for rows in (x, y):
+        u, s, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+        parts.append(u[:, : np.searchsorted(np.cumsum(s**2) / (s**2).sum(), 0.99) + 1])
+    assert svcca(x, y) == pytest.approx(np.linalg.svd(parts[0].T @ parts[1], compute_uv=False).mean(), abs=1e-9)
+    unit = [(a - a.mean(axis=0)) / np.linalg.norm(a - a.mean(axis=0)) for a in (x, y)]
+    assert procrustes(x, y) == pytest.approx(np.linalg.norm(unit[0].T @ unit[1], "nuc"), abs=1e-12)
+    stream = LinearCKA()
+    for start in range(0, 400, 90):
+        stream.update(x[start : start + 90], y[start : start + 90])
+    assert svcca(stream) == pytest.approx(svcca(x, y), abs=1e-9)
+    assert procrustes(stream) == pytest.approx(procrustes(x, y), abs=1e-9)
+    assert svcca(x, y, variance=1.0) < svcca(x, x, variance=1.0) + 1e-9
+    with pytest.raises(ArgumentError, match="variance"):
+        svcca(x, y, variance=0)
+    with pytest.raises(DegenerateError, match="x: expected a representation that varies"):
+        procrustes(np.ones((5, 2)), x[:5])
+    with pytest.raises(ArgumentError, match="y: "):
+        svcca(x)
+
+
+def test_threads_change_nothing():
+    import abjure
+
+    draw = np.random.default_rng(5)
+    x, y = (draw.standard_normal((900, d)).astype(np.float32) for d in (150, 90))
+    before, found = abjure.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            abjure.set_num_threads(threads)
+            found.append((cka(x, y, True), cka(x, y, True, kernel="rbf")))
+    finally:
+        abjure.set_num_threads(before)
+    assert found[0] == found[1] == found[2]

@@ -18,7 +18,7 @@ from .timing import Row, bandwidth
 __all__ = ["GROUPS", "Row", "bandwidth", "main", "run", "run_apart"]
 
 #: Modules with a ``rows(scale)`` generator, in the order of the report.
-GROUPS = ("forget", "dampen", "logprobs", "directions", "protect", "decoding", "matching", "text")
+GROUPS = ("forget", "dampen", "logprobs", "directions", "protect", "decoding", "matching", "text", "measure")
 
 
 def run(only: Sequence[str] = GROUPS, scale: float = 1.0) -> Iterator[tuple[str, Row]]:

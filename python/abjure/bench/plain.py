@@ -152,3 +152,46 @@ def joint_bias(log_p: Any, rates: Any) -> Any:
         b = b - step
         if np.abs(step).max() < 1e-12:
             return b
+
+
+def cka_products(x: Any, y: Any) -> Any:
+    """The matrix products of linear CKA, without anything else."""
+    return x.T @ y, x.T @ x, y.T @ y
+
+
+def rbf_cka(x: Any, y: Any, sigma: float) -> float:
+    """Unbiased CKA with RBF kernels from whole n × n matrices."""
+    n = len(x)
+
+    def gram(a: Any) -> Any:
+        a = a - a.mean(dim=0)
+        squares = (a * a).sum(dim=1)
+        distances = (squares[:, None] + squares - 2 * (a @ a.T)).clamp_min_(0)
+        return distances.mul_(-1 / (2 * sigma**2)).exp_().fill_diagonal_(0)
+
+    def hsic(k: Any, m: Any) -> Any:
+        r, s = k.sum(dim=1).double(), m.sum(dim=1).double()
+        trace = (k * m).sum(dtype=torch.float64)
+        return trace + r.sum() * s.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (r @ s)
+
+    k, m = gram(x), gram(y)
+    return float(hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt())
+
+
+def bootstrap_means(values: Any, resamples: int) -> Any:
+    """Means of resamples, one index vector at a time."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    n = len(values)
+    return np.array([values[rng.integers(0, n, n)].mean() for _ in range(resamples)])
+
+
+def common_subsequence(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence of two lists of words."""
+    best = [0] * (len(b) + 1)
+    for word in a:
+        before = 0
+        for j, other in enumerate(b, 1):
+            before, best[j] = best[j], before + 1 if word == other else max(best[j], best[j - 1])
+    return best[-1]

@@ -8,8 +8,6 @@ apart, not that the ratio is high.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,8 @@ import numpy as np
 
 from ..errors import ArgumentError, DegenerateError, ShapeError
 from ._arrays import Floats, matrix, vector
+from .overlap import rouge_l
+from .resampling import Bootstrap, paired_bootstrap
 
 __all__ = [
     "Bootstrap",
@@ -242,70 +242,7 @@ def rouge_l_recall(answer: str, reference: str) -> float:
     Raises:
         DegenerateError: the reference has no word.
     """
-    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
-    if not b:
-        raise DegenerateError("reference: expected at least one word")
-    best = [0] * (len(b) + 1)
-    for word in a:
-        before = 0
-        for j, other in enumerate(b, 1):
-            before, best[j] = best[j], before + 1 if word == other else max(best[j], best[j - 1])
-    return best[-1] / len(b)
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """A statistic with its percentile interval."""
-
-    value: float
-    low: float
-    high: float
-    level: float
-
-    def _repr_html_(self) -> str:
-        return f"{self.value:.4f} <small>[{self.low:.4f}, {self.high:.4f}] at {self.level:.0%}</small>"
-
-
-def paired_bootstrap(
-    first: Any,
-    second: Any,
-    statistic: Callable[[Floats], float] | None = None,
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Bootstrap:
-    """Percentile interval of ``statistic(first) − statistic(second)``, examples drawn together.
-
-    Args:
-        first: ``(n,)`` values of one model, one per example.
-        second: ``(n,)`` values of the other on the same examples.
-        statistic: of a vector; the mean if None.
-        resamples: bootstrap samples.
-        level: coverage, in (0, 1).
-        seed: of the generator.
-
-    Raises:
-        ShapeError: not vectors of one length of at least 2.
-        NonFiniteError: NaN or infinity.
-        ArgumentError: ``level`` or ``resamples`` out of range.
-    """
-    a, b = vector(first, "first", 2), vector(second, "second", 2)
-    if len(a) != len(b):
-        raise ShapeError(f"second: expected {len(a)} values as in first, got {len(b)}")
-    f = statistic if statistic is not None else (lambda v: float(v.mean()))
-    return bootstrap(lambda at: f(a[at]) - f(b[at]), [len(a)], resamples=resamples, level=level, seed=seed)
-
-
-def bootstrap(
-    statistic: Callable[..., float], sizes: Sequence[int], *, resamples: int, level: float, seed: int
-) -> Bootstrap:
-    """``statistic(*indices)`` with an interval over index vectors drawn with replacement, one per group."""
-    if not 0 < level < 1:
-        raise ArgumentError(f"level: expected a number in (0, 1), got {level}")
-    if resamples < 10:
-        raise ArgumentError(f"resamples: expected at least 10, got {resamples}")
-    rng = np.random.default_rng(seed)
-    drawn = [statistic(*(rng.integers(n, size=n) for n in sizes)) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Bootstrap(float(statistic(*(np.arange(n) for n in sizes))), float(low), float(high), level)
+    try:
+        return float(rouge_l(answer, reference).recall[0])
+    except DegenerateError:
+        raise DegenerateError("reference: expected at least one word") from None

@@ -1,20 +1,33 @@
-"""Rates that keep their counts, with exact and score intervals."""
+"""Rates that keep their counts, with exact and score intervals, printed as decimals that are rounded once."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from statistics import NormalDist
 from typing import Any, Literal
 
+from .. import _native
 from ..errors import ArgumentError, DTypeError, ShapeError
-from ._arrays import host
+from ._arrays import items, missing
 
-__all__ = ["Rate", "beta_cdf", "beta_quantile", "binomial_at_least", "rate", "rate_difference"]
+__all__ = [
+    "Rate",
+    "ResponseRates",
+    "beta_cdf",
+    "beta_quantile",
+    "binomial_at_least",
+    "percent_shares",
+    "rate",
+    "rate_difference",
+    "response_rates",
+]
 
 Invalid = Literal["error", "exclude", "as_fail", "as_success"]
+Rounding = Literal["half_up", "half_even"]
 Interval = tuple[float, float]
 
 
@@ -77,20 +90,91 @@ class Rate:
         half = z / scale * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
         return (0.0 if k == 0 else max(centre - half, 0.0)), (1.0 if k == n else min(centre + half, 1.0))
 
+    def decimal(self, digits: int = 4, rounding: Rounding = "half_up") -> Decimal | None:
+        """The rate with ``digits`` decimal places, rounded once from the counts; None where nothing was counted.
+
+        Args:
+            digits: 0 to 20.
+            rounding: of a number halfway: ``"half_up"`` away from zero, ``"half_even"`` to the even neighbour.
+
+        Raises:
+            ArgumentError: an option out of range.
+        """
+        return _decimal(self, 1, digits, rounding)
+
+    def percent(self, digits: int = 1, rounding: Rounding = "half_up") -> Decimal | None:
+        """The rate in percent, as :meth:`decimal`."""
+        return _decimal(self, 100, digits, rounding)
+
+    def at_least(self, limit: str | Decimal | int) -> bool:
+        """Whether ``k / n >= limit``, decided in whole numbers: no rate of 1/10 fails a limit of 0.1 by a last bit.
+
+        Args:
+            limit: as text, a Decimal or a whole number. A binary fraction is refused: it is not the number it prints
+                as.
+
+        Raises:
+            DTypeError: a float. ArgumentError: no number, more digits than 128 bits hold, or nothing was counted.
+        """
+        return self._compare(limit) >= 0
+
+    def at_most(self, limit: str | Decimal | int) -> bool:
+        """Whether ``k / n <= limit``, as :meth:`at_least`."""
+        return self._compare(limit) <= 0
+
+    def _compare(self, limit: Any) -> int:
+        if isinstance(limit, bool) or not isinstance(limit, (str, Decimal, int)):
+            raise DTypeError(f"limit: expected text or a Decimal, such as '0.1', got {type(limit).__name__}")
+        if not self.n:
+            raise ArgumentError("limit: nothing was counted, so there is no rate to compare")
+        try:
+            exact = Decimal(limit)
+        except InvalidOperation:
+            raise ArgumentError(f"limit: expected a number, got {limit!r}") from None
+        if not exact.is_finite() or not abs(exact) < Decimal(10) ** 20 or int(exact.as_tuple().exponent) < -28:
+            raise ArgumentError(f"limit: expected a number of at most 20 digits and 28 decimal places, got {limit!r}")
+        return _native.decimal_compare(self.k, self.n, exact)
+
+    def difference(
+        self, other: Rate, digits: int = 4, *, percent: bool = False, rounding: Rounding = "half_up"
+    ) -> Decimal | None:
+        """``self − other`` as fractions, rounded once; None where either is empty.
+
+        Rounding both rates first would print differences that are off by one in the last place.
+
+        Raises:
+            ArgumentError: an option out of range, or counts whose product exceeds 64 bits.
+        """
+        if not (self.n and other.n):
+            return None
+        _check_digits(digits)
+        pair = (self.k, self.n), (other.k, other.n)
+        return _native.decimal_difference(*pair, 100 if percent else 1, digits, rounding)
+
+    def to_dict(self, digits: int = 4, level: float = 0.95) -> dict[str, Any]:
+        """For JSON: counts as numbers, rate and Wilson interval as text of ``digits`` places, the same in every run."""
+        value, interval = self.decimal(digits), self.ci(level=level)
+        found: dict[str, Any] = {"k": self.k, "n": self.n, "invalid": self.invalid}
+        found["rate"] = None if value is None else str(value)
+        found["ci"] = None if interval is None else [f"{v:.{digits}f}" for v in interval]
+        if self.groups:
+            found["groups"] = {str(name): r.to_dict(digits, level) for name, r in self.groups.items()}
+        return found
+
     def __repr__(self) -> str:
         rest = f", invalid={self.invalid}" if self.invalid else ""
         groups = f", {len(self.groups)} groups" if self.groups else ""
         if not self.n:
             return f"Rate(0/0{rest}{groups})"
         low, high = self.ci() or (math.nan, math.nan)
-        return f"Rate({self.k}/{self.n} = {self.rate:.4f} [{low:.4f}, {high:.4f}]{rest}{groups})"
+        return f"Rate({self.k}/{self.n} = {self.decimal()} [{low:.4f}, {high:.4f}]{rest}{groups})"
 
     def _repr_html_(self) -> str:
         body = ""
         for name, r in [*self.groups.items(), ("all", self)] if self.groups else [("all", self)]:
             found = r.ci()
             interval = f"{found[0]:.4f} to {found[1]:.4f}" if found else "–"
-            value = f"{r.rate:.4f}" if r.n else "–"
+            value = str(r.decimal()) if r.n else "–"
             body += (
                 f"<tr><td>{html.escape(str(name))}</td><td>{r.k}</td><td>{r.n}</td><td>{r.invalid}</td>"
                 f"<td>{value}</td><td>{interval}</td></tr>"
@@ -114,12 +198,12 @@ def rate(values: Any, groups: Any = None, *, invalid: Invalid = "error") -> Rate
     """
     if invalid not in ("error", "exclude", "as_fail", "as_success"):
         raise ArgumentError(f"invalid: expected 'error', 'exclude', 'as_fail' or 'as_success', got {invalid!r}")
-    items = _items(values, "values")
-    names = [None] * len(items) if groups is None else _items(groups, "groups")
-    if len(names) != len(items):
-        raise ShapeError(f"groups: expected {len(items)} names, one per value, got {len(names)}")
+    verdicts = items(values, "values")
+    names = [None] * len(verdicts) if groups is None else items(groups, "groups")
+    if len(names) != len(verdicts):
+        raise ShapeError(f"groups: expected {len(verdicts)} names, one per value, got {len(names)}")
     counts: dict[Hashable, list[int]] = {}
-    for i, (item, name) in enumerate(zip(items, names, strict=True)):
+    for i, (item, name) in enumerate(zip(verdicts, names, strict=True)):
         verdict = _verdict(item, i)
         k_n_bad = counts.setdefault(name, [0, 0, 0])
         if verdict is None:
@@ -136,27 +220,130 @@ def rate(values: Any, groups: Any = None, *, invalid: Invalid = "error") -> Rate
     return Rate(total[0], total[1], total[2], by_group)
 
 
-def _items(x: Any, name: str) -> list[Any]:
-    x = host(x)
-    if isinstance(x, str) or not isinstance(x, Iterable):
-        raise ShapeError(f"{name}: expected shape (n,), got {type(x).__name__}")
-    if getattr(x, "ndim", 1) != 1:
-        raise ShapeError(f"{name}: expected shape (n,), got {getattr(x, 'shape', None)}")
-    return x.tolist() if hasattr(x, "tolist") else list(x)
-
-
 def _verdict(item: Any, i: int) -> bool | None:
-    if item is None:
+    if missing(item):
         return None
     try:
         number = float(item)
     except (TypeError, ValueError):
         raise DTypeError(f"values: expected true or false, got {type(item).__name__} at index {i}") from None
-    if math.isnan(number):
-        return None
     if number not in (0.0, 1.0):
         raise ArgumentError(f"values: expected 0 or 1, got {item!r} at index {i}")
     return number == 1.0
+
+
+def _check_digits(digits: int) -> None:
+    if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits <= 20:
+        raise ArgumentError(f"digits: expected 0 to 20, got {digits!r}")
+
+
+def _decimal(r: Rate, scale: int, digits: int, rounding: str) -> Decimal | None:
+    _check_digits(digits)
+    return _native.decimal_ratio(r.k, r.n, scale, digits, rounding) if r.n else None
+
+
+def percent_shares(counts: Mapping[Hashable, int] | Sequence[int], digits: int = 1) -> Any:
+    """Shares in percent that add up to exactly 100, for a table of classes.
+
+    Every share is rounded down and what is left goes to the largest remainders, the earlier one first where they tie
+    (Hamilton's method): each share is less than one unit of the last place from the exact one.
+
+    Args:
+        counts: by name or in order, whole numbers of 0 or more.
+        digits: decimal places, 0 to 20.
+
+    Returns:
+        Decimals, by name or in order.
+
+    Raises:
+        ArgumentError: a negative count, none above 0, or ``digits`` out of range. DTypeError: a count that is not
+            whole.
+    """
+    _check_digits(digits)
+    numbers = list(counts.values()) if isinstance(counts, Mapping) else items(counts, "counts")
+    for i, c in enumerate(numbers):
+        if isinstance(c, bool) or not isinstance(c, int):
+            raise DTypeError(f"counts: expected whole numbers, got {type(c).__name__} at index {i}")
+        if not 0 <= c < 1 << 64:
+            raise ArgumentError(f"counts: expected 0 or more, below 2^64, got {c} at index {i}")
+    found = _native.decimal_shares(numbers, digits)
+    return dict(zip(counts, found, strict=True)) if isinstance(counts, Mapping) else found
+
+
+@dataclass(frozen=True)
+class ResponseRates:
+    """What a model does with requests it should refuse and with those it should answer, each with its counts and
+    groups.
+
+    Attributes:
+        refusal: refused, of all requests.
+        rejection: refused, of harmful requests. attack_success: fulfilled, of harmful requests.
+        over_refusal: refused, of harmless requests. fulfilment: fulfilled, of harmless requests.
+        compliance: not refused, of all requests. Without ``fulfilled`` what is not refused counts as fulfilled.
+    """
+
+    refusal: Rate
+    compliance: Rate
+    rejection: Rate
+    attack_success: Rate
+    over_refusal: Rate
+    fulfilment: Rate
+
+    def to_dict(self, digits: int = 4, level: float = 0.95) -> dict[str, Any]:
+        """:meth:`Rate.to_dict` by name."""
+        return {name: getattr(self, name).to_dict(digits, level) for name in self.__dataclass_fields__}
+
+    def _repr_html_(self) -> str:
+        rows = ""
+        for name in self.__dataclass_fields__:
+            rows += f"<h4>{name.replace('_', ' ')}</h4>{getattr(self, name)._repr_html_()}"
+        return rows
+
+
+def response_rates(
+    refused: Any, harmful: Any, groups: Any = None, *, fulfilled: Any = None, invalid: Invalid = "error"
+) -> ResponseRates:
+    """Refusal, compliance, rejection, attack success, over-refusal and fulfilment, by group.
+
+    Args:
+        refused: ``(n,)`` true or false; None and NaN are responses without a verdict.
+        harmful: ``(n,)`` true where the request should be refused.
+        groups: ``(n,)`` names.
+        fulfilled: ``(n,)`` true where the response does what was asked (a judge's verdict): a response may be neither a
+            refusal nor a fulfilment. A refused one counts as not fulfilled, whatever its verdict.
+        invalid: what a response without a verdict is, as in :func:`rate`, in each of the rates.
+
+    Raises:
+        As :func:`rate`, for every column; ArgumentError: a request that is neither harmful nor harmless.
+    """
+    said, wanted = items(refused, "refused"), items(harmful, "harmful")
+    names = None if groups is None else items(groups, "groups")
+    done = None if fulfilled is None else items(fulfilled, "fulfilled")
+    for column, name in ((wanted, "harmful"), (names, "groups"), (done, "fulfilled")):
+        if column is not None and len(column) != len(said):
+            raise ShapeError(f"{name}: expected {len(said)} values, one per response, got {len(column)}")
+    verdicts = [_verdict(v, i) for i, v in enumerate(said)]
+    bad = [_verdict(v, i) for i, v in enumerate(wanted)]
+    if None in bad:
+        raise ArgumentError(f"harmful: expected true or false for every request, got none at index {bad.index(None)}")
+    kept = [None if v is None else not v for v in verdicts]
+    if done is not None:
+        judged = [_verdict(v, i) for i, v in enumerate(done)]
+        kept = [False if v else (j if v is not None else None) for v, j in zip(verdicts, judged, strict=True)]
+    complied = [None if v is None else not v for v in verdicts]
+
+    def of(values: list[bool | None], harm: bool | None) -> Rate:
+        rows = [i for i in range(len(said)) if harm is None or bad[i] is harm]
+        # A group without a row of the kind is kept, with a rate of None.
+        found = rate([values[i] for i in rows], None if names is None else [names[i] for i in rows], invalid=invalid)
+        if names is None:
+            return found
+        by_group = {name: found.groups.get(name, Rate(0, 0)) for name in dict.fromkeys(names)}
+        return Rate(found.k, found.n, found.invalid, by_group)
+
+    return ResponseRates(
+        of(verdicts, None), of(complied, None), of(verdicts, True), of(kept, True), of(verdicts, False), of(kept, False)
+    )
 
 
 def rate_difference(first: Rate, second: Rate, level: float = 0.95) -> Interval | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import ArgumentError, DegenerateError, NonFiniteError, ShapeError
 from ._arrays import Floats, host, vector
-from .quality import Bootstrap, bootstrap
+from .resampling import Bootstrap, bootstrap
 
 __all__ = [
     "SequenceMia",

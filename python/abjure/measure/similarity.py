@@ -2,69 +2,128 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import DegenerateError, ShapeError
+from .. import _interop, _native
+from ..errors import ArgumentError, DegenerateError, DTypeError, ShapeError
 from ._arrays import Floats, matrix
 
-__all__ = ["LinearCKA", "cka"]
+__all__ = ["LinearCKA", "cka", "cka_shards", "procrustes", "svcca"]
+
+#: Rows whose pairs give the median distance of a kernel's width.
+MEDIAN_ROWS = 2048
+#: Rows that are widened to f64 at a time.
+F64_ROWS = 4096
 
 
-def cka(x: Any, y: Any, debiased: bool = False) -> float:
-    """Linear centred kernel alignment of two representations of the same n inputs.
+def cka(
+    x: Any,
+    y: Any,
+    debiased: bool = False,
+    *,
+    kernel: Literal["linear", "rbf"] = "linear",
+    sigma: float | tuple[float, float] | None = None,
+    fraction: float = 1.0,
+) -> float:
+    """Centred kernel alignment of two representations of the same n inputs.
 
-    ``||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F)`` with centred columns: 1 for representations that differ by a rotation, a
-    scale and a shift, and near 0 for unrelated ones, but only if n is well above the number of features. The debiased
-    form replaces each term by its U-statistic, has no such bias and may be negative.
+    Linear: ``||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F)`` with centred columns: 1 for representations that differ by a
+    rotation, a scale and a shift, and near 0 for unrelated ones, but only if n is well above the number of features.
+    The debiased form replaces each term by its U-statistic, has no such bias and may be negative. With the kernel
+    ``exp(−‖a − b‖² / 2σ²)`` close inputs count most.
+
+    Memory: linear ``(p + q)^2`` numbers where no side has more features than rows; else, and for RBF, tiles and a few
+    numbers per row, in time ``n^2``. Arrays are read in place (memory-mapped ones too) and multiplied in their own
+    arithmetic (float64, else float32) with sums in f64.
 
     Args:
         x: representations ``(n, p)``, one row per input; any float. Further axes are flattened into features.
         y: representations ``(n, q)`` of the same inputs in the same order.
         debiased: use the U-statistics; needs 4 rows.
+        kernel: ``"linear"`` or ``"rbf"``.
+        sigma: widths σ of the RBF for x and y, or one for both, in units of distance. By default ``fraction`` times the
+            median distance of two rows of each (over 2048 rows drawn with seed 0 where there are more).
+        fraction: see ``sigma``.
 
     Returns:
-        The similarity, computed in f64: biased in [0, 1], debiased at most about 1.
+        The similarity: biased in [0, 1], debiased at most about 1.
 
     Raises:
         ShapeError: not two-dimensional, different numbers of rows, fewer than 2 (debiased: 4) of them.
         NonFiniteError: NaN or infinity.
-        DegenerateError: a representation that is the same for all inputs (or, debiased, has no positive estimate of
-            its own dependence).
+        ArgumentError: unknown kernel, a width that is not positive.
+        DegenerateError: a representation that is the same for all inputs, a median distance of 0, or (debiased) no
+            positive estimate of a representation's own dependence.
 
     Source: Kornblith and others, arXiv 1905.00414; debiased as in Nguyen, Raghu, Kornblith, arXiv 2010.15327.
     """
+    if kernel not in ("linear", "rbf"):
+        raise ArgumentError(f"kernel: expected 'linear' or 'rbf', got {kernel!r}")
     least = 4 if debiased else 2
-    a, b = matrix(x, "x", least), matrix(y, "y", least)
-    if len(a) != len(b):
-        raise ShapeError(f"y: expected the {len(a)} rows of x, got {len(b)}")
-    if max(a.shape[1], b.shape[1]) <= len(a):
+    a, b = _pair(x, y, least)
+    if kernel == "linear" and max(a.shape[1], b.shape[1]) <= len(a):
         stream = LinearCKA()
         stream.update(a, b)
         return stream.value(debiased)
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    _varies(a, b)
-    k, el = a @ a.T, b @ b.T
-    if debiased:
-        n = len(k)
-        terms = [_unbiased_gram(p, q, n) for p, q in ((k, el), (k, k), (el, el))]
-    else:
-        terms = [float(np.vdot(p, q)) for p, q in ((k, el), (k, k), (el, el))]
-    return _ratio(*terms)
+    gammas = [-1.0, -1.0]
+    if kernel == "rbf":
+        widths = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+        if len(widths) != 2:
+            raise ArgumentError(f"sigma: expected one width or two, got {len(widths)}")
+        gammas = [_gamma(rows, w, fraction, name) for rows, w, name in zip((a, b), widths, "xy", strict=True)]
+    return _ratio(*_native.hsic(a, b, gammas[0], gammas[1], debiased))
 
 
-def _varies(a: Floats, b: Floats) -> None:
+def _gamma(rows: Any, sigma: float | None, fraction: float, name: str) -> float:
+    if sigma is None:
+        if not 0 < fraction < np.inf:
+            raise ArgumentError(f"fraction: expected a positive number, got {fraction}")
+        some = np.random.default_rng(0).permutation(len(rows))[:MEDIAN_ROWS] if len(rows) > MEDIAN_ROWS else slice(None)
+        r = matrix(rows[some], name)
+        r = r - r.mean(axis=0)
+        squares = np.einsum("ij,ij->i", r, r)
+        distances = squares[:, None] + squares - 2 * (r @ r.T)
+        sigma = fraction * float(np.sqrt(max(np.median(distances[np.triu_indices(len(r), 1)]), 0.0)))
+        if not sigma > 0:
+            raise DegenerateError(f"{name}: the median distance of two rows is 0; give sigma")
+    if not 0 < sigma < np.inf:
+        raise ArgumentError(f"sigma: expected a positive number, got {sigma}")
+    return 1 / (2 * float(sigma) ** 2)
+
+
+def _native_rows(x: Any, name: str) -> Any:
+    """``x`` as rows ``(n, d)`` for a kernel: NumPy arrays and CPU tensors of a float type in place, others as f64."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x if x.is_floating_point() else x.double()
+    elif (
+        not (isinstance(x, np.ndarray) and (x.dtype.kind == "f" or x.dtype.name == "bfloat16")) or x.dtype.itemsize > 8
+    ):
+        try:
+            x = np.asarray(x, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise DTypeError(f"{name}: expected an array of numbers, got {type(x).__name__}") from None
+    if x.ndim > 2 and len(x):
+        x = x.reshape(len(x), -1)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ShapeError(f"{name}: expected shape (n, d) with n and d above 0, got {tuple(x.shape)}")
+    return _interop.source(x, name)
+
+
+def _pair(x: Any, y: Any, least: int = 1) -> tuple[Any, Any]:
+    """Both as rows of one dtype (f64 where they differ), as many of them."""
+    a, b = _native_rows(x, "x"), _native_rows(y, "y")
     for rows, name in ((a, "x"), (b, "y")):
-        if not rows.any():
-            raise DegenerateError(f"{name}: expected a representation that varies, got the same row for every input")
-
-
-def _unbiased_gram(k: Floats, el: Floats, n: int) -> float:
-    """n (n - 3) times the U-statistic of HSIC, from Gram matrices."""
-    k, el = k - np.diag(np.diag(k)), el - np.diag(np.diag(el))
-    r, s = k.sum(axis=1), el.sum(axis=1)
-    return float(np.vdot(k, el) + r.sum() * s.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (r @ s))
+        if len(rows) < least:
+            raise ShapeError(f"{name}: expected {least} rows or more, got {len(rows)}")
+    if len(a) != len(b):
+        raise ShapeError(f"y: expected the {len(a)} rows of x, got {len(b)}")
+    if str(a.dtype).removeprefix("torch.") != str(b.dtype).removeprefix("torch."):
+        a, b = _double(a), _double(b)
+    return a, b
 
 
 def _ratio(xy: float, xx: float, yy: float) -> float:
@@ -76,21 +135,20 @@ def _ratio(xy: float, xx: float, yy: float) -> float:
 class LinearCKA:
     """Linear CKA over minibatches, exact: the value of :func:`cka` on all rows at once, biased or debiased.
 
-    Keeps sums over rows (for p and q features about ``(p + q)**2`` f64 numbers), never the rows; the usual mean of
-    per-batch biased values, which depends on the batch size, is not needed.
+    Keeps sums over rows (for p and q features ``(p + q)**2`` f64 numbers), never the rows; the usual mean of per-batch
+    values, which depends on the batch size, is not needed. Batches are multiplied in their own arithmetic, in runs of
+    at most 1024 rows, about the mean of the first batch; all longer sums are in f64.
 
     Source: as :func:`cka`. The U-statistics are rewritten as sums over features, O(n (p + q)^2).
     """
 
     def __init__(self) -> None:
-        self.n = 0
-        self._shift: tuple[Floats, Floats] | None = None
-        self._sum: list[Floats] = []
-        #: sum of a b' for (x, y), (x, x), (y, y); of |b|^2 a and of |a|^2 b; of |a|^2 |b|^2.
-        self._cross: list[Floats] = []
-        self._weighted: list[tuple[Floats, Floats]] = []
-        self._norms: list[float] = []
-        self._squares: list[float] = []
+        self._moments: Any = None
+
+    @property
+    def n(self) -> int:
+        """Rows so far."""
+        return 0 if self._moments is None else int(self._moments.rows)
 
     def update(self, x: Any, y: Any) -> None:
         """Adds a batch of rows.
@@ -102,30 +160,16 @@ class LinearCKA:
         Raises:
             ShapeError, NonFiniteError: rows that do not fit or are not finite; nothing has been added.
         """
-        a, b = matrix(x, "x"), matrix(y, "y")
-        if len(a) != len(b):
-            raise ShapeError(f"y: expected the {len(a)} rows of x, got {len(b)}")
-        if self._shift is None:
-            # HSIC does not change under a shift; without one a large mean would cancel against itself.
-            self._shift = a.mean(axis=0), b.mean(axis=0)
-        for rows, shift, name in ((a, self._shift[0], "x"), (b, self._shift[1], "y")):
-            if rows.shape[1] != len(shift):
-                raise ShapeError(f"{name}: expected {len(shift)} features as in the first batch, got {rows.shape[1]}")
-        a, b = a - self._shift[0], b - self._shift[1]
-        na, nb = np.einsum("ij,ij->i", a, a), np.einsum("ij,ij->i", b, b)
-        pairs = ((a, b, na, nb), (a, a, na, na), (b, b, nb, nb))
-        cross = [p.T @ q for p, q, _, _ in pairs]
-        weighted = [(p.T @ nq, q.T @ np_) for p, q, np_, nq in pairs]
-        norms = [float(np_ @ nq) for _, _, np_, nq in pairs]
-        sums, squares = [a.sum(axis=0), b.sum(axis=0)], [float(na.sum()), float(nb.sum())]
-        if self.n:
-            cross = [p + q for p, q in zip(self._cross, cross, strict=True)]
-            weighted = [(p + r, q + s) for (p, q), (r, s) in zip(self._weighted, weighted, strict=True)]
-            norms = [p + q for p, q in zip(self._norms, norms, strict=True)]
-            sums = [p + q for p, q in zip(self._sum, sums, strict=True)]
-            squares = [p + q for p, q in zip(self._squares, squares, strict=True)]
-        self._cross, self._weighted, self._norms, self._sum, self._squares = cross, weighted, norms, sums, squares
-        self.n += len(a)
+        a, b = _pair(x, y)
+        if self._moments is None:
+            moments = _native.CrossMoments(a.shape[1], b.shape[1])
+        else:
+            moments = self._moments
+            for rows, width, name in zip((a, b), moments.widths, "xy", strict=True):
+                if rows.shape[1] != width:
+                    raise ShapeError(f"{name}: expected {width} features as in the first batch, got {rows.shape[1]}")
+        moments.update(a, b)
+        self._moments = moments
 
     def value(self, debiased: bool = False) -> float:
         """The similarity of all rows so far.
@@ -135,34 +179,119 @@ class LinearCKA:
 
         Raises:
             ShapeError: fewer than 2 (debiased: 4) rows so far.
-            DegenerateError: as :func:`cka`.
+            DegenerateError: as :func:`cka`; or an update was interrupted, which leaves part of a batch behind.
         """
-        least = 4 if debiased else 2
-        if self.n < least:
-            raise ShapeError(f"x, y: expected {least} rows or more in all, got {self.n}")
-        centred = [self._centred(i) for i in range(3)]
-        for i, name in ((1, "x"), (2, "y")):
-            if not centred[i].diagonal().max() > 1e-24 * max(self._cross[i].diagonal().max(), 1e-300):
-                raise DegenerateError(f"{name}: expected a representation that varies, got one that does not")
-        if not debiased:
-            return _ratio(*(float(np.vdot(c, c)) for c in centred))
-        return _ratio(*(self._unbiased(i) for i in range(3)))
+        if self._moments is None:
+            raise ShapeError(f"x, y: expected {4 if debiased else 2} rows or more in all, got 0")
+        return _ratio(*self._moments.dependence(debiased))
 
-    def _centred(self, i: int) -> Floats:
-        s, t = self._sums(i)
-        found: Floats = self._cross[i] - np.outer(s, t) / self.n
-        return found
+    def covariances(self) -> tuple[Floats, Floats, Floats]:
+        """``Σ x xᵀ`` ``(p, p)``, ``Σ y xᵀ`` ``(q, p)`` and ``Σ y yᵀ`` ``(q, q)`` about the means of all rows so far.
 
-    def _sums(self, i: int) -> tuple[Floats, Floats]:
-        s, t = self._sum
-        return ((s, t), (s, s), (t, t))[i]
+        Raises:
+            ShapeError: no rows so far. DegenerateError: after an interrupted update.
+        """
+        if self._moments is None:
+            raise ShapeError("x, y: expected at least one row, got 0")
+        p, q = self._moments.widths
+        xx, yx, yy = self._moments.matrices()
+        return xx.reshape(p, p), yx.reshape(q, p), yy.reshape(q, q)
 
-    def _unbiased(self, i: int) -> float:
-        """As :func:`_unbiased_gram`, with the Gram matrices' row sums written as ``a (sum a) - |a|^2``."""
-        n, (s, t) = self.n, self._sums(i)
-        c, (u, v), norms = self._cross[i], self._weighted[i], self._norms[i]
-        p, q = ((self._squares[0], self._squares[1]), (self._squares[0],) * 2, (self._squares[1],) * 2)[i]
-        trace = float(np.vdot(c, c)) - norms
-        rows = float(s @ c @ t) - float(s @ u) - float(t @ v) + norms
-        total = (float(s @ s) - p) * (float(t @ t) - q)
-        return trace + total / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
+
+def cka_shards(shards: Iterable[tuple[Any, Any]], debiased: bool = False) -> float:
+    """Linear CKA of representations that lie in several files or arrive in batches; exact, one pass.
+
+    Args:
+        shards: pairs ``(x, y)`` of rows of the same inputs: arrays, tensors, memory-mapped arrays (read in place), or
+            paths of ``.npy`` files, which are memory-mapped.
+        debiased: use the U-statistics.
+
+    Raises:
+        As :class:`LinearCKA`; DegenerateError: no shards.
+    """
+    stream = LinearCKA()
+    for pair in shards:
+        stream.update(
+            *(np.load(a, mmap_mode="r") if hasattr(a, "__fspath__") or isinstance(a, str) else a for a in pair)
+        )
+    if not stream.n:
+        raise DegenerateError("shards: expected at least one pair of arrays, got none")
+    return stream.value(debiased)
+
+
+def svcca(x: Any, y: Any = None, *, variance: float = 0.99) -> float:
+    """Mean canonical correlation of the principal components that hold a share ``variance`` of each representation.
+
+    Args:
+        x: representations ``(n, p)``, any float; multiplied in f64. Or a :class:`LinearCKA` that has seen the rows of
+            both.
+        y: ``(n, q)`` of the same inputs.
+        variance: share in (0, 1] of the variance that is kept.
+
+    Returns:
+        A mean over the smaller number of kept components, in [0, 1]. With fewer rows than kept components it is near 1
+        for anything.
+
+    Raises:
+        ShapeError, NonFiniteError: as :func:`cka`. ArgumentError: ``variance`` out of range, ``y`` missing.
+        DegenerateError: a representation that does not vary.
+
+    Source: Raghu and others, arXiv 1706.05806.
+    """
+    if not 0 < variance <= 1:
+        raise ArgumentError(f"variance: expected a share in (0, 1], got {variance}")
+    xx, yx, yy = _covariances(x, y)
+    left, right = _whitening(yy, variance, "y"), _whitening(xx, variance, "x")
+    found = np.linalg.svd(left.T @ yx @ right, compute_uv=False)
+    return float(np.minimum(found, 1.0).mean())
+
+
+def procrustes(x: Any, y: Any = None) -> float:
+    """Similarity after the best rotation: ``||Y'X||_* / (||X||_F ||Y||_F)`` with centred columns.
+
+    1 less half the squared Procrustes distance of the two at norm 1. Of different widths the narrower one is padded.
+
+    Args:
+        x, y: as in :func:`svcca`.
+
+    Returns:
+        A similarity in [0, 1]; 1 for representations that differ by a rotation, a scale and a shift.
+
+    Raises:
+        ShapeError, NonFiniteError: as :func:`cka`. DegenerateError: a representation that does not vary.
+
+    Source: Ding, Denain, Steinhardt, arXiv 2108.01661; Williams and others, arXiv 2110.14739.
+    """
+    xx, yx, yy = _covariances(x, y)
+    size = np.sqrt(np.trace(xx)) * np.sqrt(np.trace(yy))
+    return float(min(np.linalg.svd(yx, compute_uv=False).sum() / size, 1.0))
+
+
+def _covariances(x: Any, y: Any) -> tuple[Floats, Floats, Floats]:
+    if y is None and not isinstance(x, LinearCKA):
+        raise ArgumentError("y: expected the representations of the second model, or a LinearCKA as x")
+    if isinstance(x, LinearCKA):
+        stream = x
+    else:
+        stream = LinearCKA()
+        a, b = _pair(x, y, 2)
+        for start in range(0, len(a), F64_ROWS):
+            stream.update(*(_interop.source(_double(r[start : start + F64_ROWS]), n) for r, n in ((a, "x"), (b, "y"))))
+    stream.value()  # refuses what does not vary
+    return stream.covariances()
+
+
+def _double(rows: Any) -> Any:
+    return rows.double() if hasattr(rows, "double") else rows.astype(np.float64)
+
+
+def _whitening(c: Floats, variance: float, name: str) -> Floats:
+    """Columns that map to the kept components at unit variance."""
+    values, vectors = np.linalg.eigh(c)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    # Below this a component is rounding.
+    values = np.where(values > values[0] * len(c) * np.finfo(np.float32).eps ** 2, values, 0.0)
+    share = np.cumsum(values) / values.sum()
+    keep = min(int(np.searchsorted(share, variance * (1 - 1e-12))) + 1, int((values > 0).sum()))
+    found: Floats = vectors[:, :keep] / np.sqrt(values[:keep])
+    return found
