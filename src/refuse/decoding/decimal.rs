@@ -67,8 +67,10 @@ impl Margin {
                 .find(within)
                 .map(Self::Finite);
         }
+        // Seventeen digits tell all numbers apart, but rounding up by one unit of them may not reach the next.
         (0..17)
             .filter_map(|digits| round_up(low, digits))
+            .chain(low.next_up().to_string().parse().ok())
             .find(within)
             .map(Self::Finite)
     }
@@ -83,7 +85,9 @@ fn round_up(low: f64, digits: usize) -> Option<Decimal> {
     if nearest(found) > low {
         return Some(found);
     }
-    let unit = power_of_ten(Decimal::ONE, exponent - digits as i32)?;
+    // Rounding may have carried to the next power of ten; the unit is that of the number itself.
+    let own: i32 = format!("{low:e}").split_once('e')?.1.parse().ok()?;
+    let unit = power_of_ten(Decimal::ONE, own - digits as i32)?;
     exact_sum(found, unit)
 }
 
@@ -162,7 +166,8 @@ mod tests {
         assert_eq!(text(0.25, 1.5), "0.3");
         assert_eq!(text(19.0, f64::INFINITY), "20");
         assert_eq!(text(-0.3, 5.0), "-0.2");
-        assert_eq!(text(-1.0, 0.5), "-0.9");
+        assert_eq!(text(-1.0, 0.5), "0");
+        assert_eq!(text(-9.63, -8.9), "-9");
         assert_eq!(text(0.0, 0.3), "0.1");
         assert_eq!(text(1e-240, 1.0), "1");
         assert_eq!(text(-1e-240, 1.0), "0");
@@ -170,9 +175,9 @@ mod tests {
         assert_eq!(text(f64::INFINITY, f64::INFINITY), "inf");
         assert_eq!(text(f64::NEG_INFINITY, f64::NEG_INFINITY), "-inf");
         assert_eq!(text(f64::NEG_INFINITY, 2.5), "2");
-        assert_eq!(text(f64::NEG_INFINITY, f64::INFINITY), "-0.9");
+        assert_eq!(text(f64::NEG_INFINITY, f64::INFINITY), "0");
         let third = 1.0 / 3.0;
-        assert_eq!(text(third, f64::next_up(third)), "0.3333333333333334");
+        assert_eq!(text(third, f64::next_up(third)), "0.33333333333333337");
         assert!(Margin::shortest(1e-40, 2e-40).is_none());
     }
 
