@@ -88,7 +88,7 @@ def test_cka_refuses_what_it_cannot_measure():
         cka(X[:3], Y[:3], debiased=True)
     with pytest.raises(ShapeError, match=r"x: expected shape \(n, d\)"):
         cka(X[:0], Y[:0])
-    with pytest.raises(NonFiniteError, match="y: non-finite value nan"):
+    with pytest.raises(NonFiniteError, match="y: non-finite value NaN"):
         cka(X, Y * np.nan)
     with pytest.raises(DTypeError, match="x: expected an array of numbers"):
         cka([["a"]], Y)
@@ -258,7 +258,7 @@ def test_rbf_refusals():
     with pytest.raises(ArgumentError, match="fraction"):
         cka(X, Y, kernel="rbf", fraction=0)
     with pytest.raises(DegenerateError, match="median distance"):
-        cka(np.array([[0.0], [0], [0], [1]]), X, kernel="rbf")
+        cka(np.array([[0.1], [0.1], [0.1], [0.1], [1]]), np.arange(5.0)[:, None], kernel="rbf")
     with pytest.raises(ShapeError, match="4 rows"):
         cka(X[:3], Y[:3], debiased=True, kernel="rbf")
 

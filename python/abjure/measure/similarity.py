@@ -86,8 +86,10 @@ def _gamma(rows: Any, sigma: float | None, fraction: float, name: str) -> float:
         r = r - r.mean(axis=0)
         squares = np.einsum("ij,ij->i", r, r)
         distances = squares[:, None] + squares - 2 * (r @ r.T)
-        sigma = fraction * float(np.sqrt(max(np.median(distances[np.triu_indices(len(r), 1)]), 0.0)))
-        if not sigma > 0:
+        middle = float(np.median(distances[np.triu_indices(len(r), 1)]))
+        sigma = fraction * float(np.sqrt(max(middle, 0.0)))
+        # What is left of two equal rows is rounding.
+        if not middle > 1e-14 * float(distances.max()):
             raise DegenerateError(f"{name}: the median distance of two rows is 0; give sigma")
     if not 0 < sigma < np.inf:
         raise ArgumentError(f"sigma: expected a positive number, got {sigma}")
