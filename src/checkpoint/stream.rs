@@ -1,8 +1,9 @@
 //! Shards through memory of a bounded size: read, edit, hash, write, keep what undoes it.
 //!
-//! The tensors of all shards are one queue for a few threads, in the order of the files; one thread takes a tensor from
-//! its first tile to its last, since a hash is sequential. The kernels stay on that thread. The thread that ends the last
-//! tensor of a shard brings the shard to the storage device and gives it its name.
+//! One thread takes a tensor from its first tile to its last, since a hash is sequential; the kernels stay on that thread.
+//! Each thread takes shards of its own as long as there are any (writers of one file wait for each other inside the system,
+//! and spin), then helps with the others'. The thread that ends the last tensor of a shard brings the shard to the storage
+//! device and gives it its name.
 
 use super::files::{BLOCK, Named, hex, writing};
 use super::header::{Header, TensorInfo, header_of};
@@ -76,6 +77,8 @@ struct Open {
     /// The blocks of the source are already there.
     shared: bool,
     patch: Option<PatchWriter>,
+    /// Taken to write: waiting for it costs nothing, waiting inside the system a processor.
+    writing: Mutex<()>,
 }
 
 struct Shard<'a> {
@@ -129,7 +132,12 @@ pub fn run(jobs: &[ShardJob], options: &Options, cancel: &Cancel) -> Result<Vec<
         return Err(Error::value("memory", expected, options.memory));
     }
     let tile = (options.memory / workers / (2 * BUFFERS)).clamp(1, TILE);
-    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    // Where the tasks of each shard begin; a cursor for each shard, and one over the shards.
+    let starts: Vec<usize> = (0..=shards.len())
+        .map(|k| tasks.partition_point(|t| t.shard < k))
+        .collect();
+    let cursors: Vec<AtomicUsize> = starts.iter().map(|s| AtomicUsize::new(*s)).collect();
+    let (fresh, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let error: Mutex<Option<(usize, Error)>> = Mutex::new(None);
     let finished: Mutex<Vec<Option<Value>>> = Mutex::new(vec![None; shards.len()]);
     let fail = |at: usize, err: Error| {
@@ -139,22 +147,34 @@ pub fn run(jobs: &[ShardJob], options: &Options, cancel: &Cancel) -> Result<Vec<
             *slot = Some((at, err));
         }
     };
+    let drain = |k: usize| {
+        while !failed.load(Relaxed) {
+            let at = cursors[k].fetch_add(1, SeqCst);
+            if at >= starts[k + 1] {
+                return;
+            }
+            let (task, shard) = (&tasks[at], &shards[k]);
+            let done = shard.begin().and_then(|open| {
+                one(task, shard, &open, tile, options, cancel)
+                    .map_err(|e| named(&task.tensor.name, e))
+            });
+            match done.and_then(|record| shard.end(task.index, record)) {
+                Ok(Some(record)) => lock(&finished)[k] = Some(record),
+                Ok(None) => {}
+                Err(err) => fail(at, err),
+            }
+        }
+    };
     let work = || {
         par::alone(|| {
-            while !failed.load(Relaxed) {
-                let at = next.fetch_add(1, SeqCst);
-                let Some(task) = tasks.get(at) else { return };
-                let shard = &shards[task.shard];
-                let done = shard.begin().and_then(|open| {
-                    one(task, shard, &open, tile, options, cancel)
-                        .map_err(|e| named(&task.tensor.name, e))
-                });
-                match done.and_then(|record| shard.end(task.index, record)) {
-                    Ok(Some(record)) => lock(&finished)[task.shard] = Some(record),
-                    Ok(None) => {}
-                    Err(err) => fail(at, err),
+            loop {
+                let k = fresh.fetch_add(1, SeqCst);
+                if k >= shards.len() {
+                    break;
                 }
+                drain(k);
             }
+            (0..shards.len()).for_each(drain);
         });
     };
     std::thread::scope(|scope| {
@@ -338,6 +358,7 @@ impl Shard<'_> {
             out,
             shared,
             patch,
+            writing: Mutex::new(()),
         });
         *slot = Some(open.clone());
         Ok(open)
@@ -463,19 +484,26 @@ impl Context<'_> {
         let (mut done, mut digest) = (0, Sha256::new());
         while done < t.bytes() {
             self.cancel.check()?;
-            let part = BLOCK.min((t.bytes() - done) as usize);
+            // Writes that end where blocks of the file do are the ones that the system takes in large pieces.
+            let to_edge = BLOCK - ((self.task.to + done) % BLOCK as u64) as usize;
+            let part = to_edge.min((t.bytes() - done) as usize);
             let part = &mut buffer[..part];
             source.read_at(t.begin + done, part)?;
             if hash {
                 digest.update(&*part);
             }
             if let Some(out) = out {
-                out.write_at(self.task.to + done, part)?;
+                self.put(out, self.task.to + done, part)?;
             }
             done += part.len() as u64;
             self.cancel.advance(part.len() as u64);
         }
         Ok(record(hash.then(|| hex(&digest.finalize()))))
+    }
+
+    fn put(&self, out: &Named, at: u64, bytes: &[u8]) -> Result<()> {
+        let _turn = lock(&self.open.writing);
+        out.write_at(at, bytes)
     }
 
     fn offset<T>(&self, grid: Grid, at: At) -> u64 {
@@ -563,10 +591,10 @@ impl Context<'_> {
         );
         let offset = self.offset::<T>(grid, at);
         if !(self.in_place || self.open.shared) || old != new {
-            out.write_at(self.task.to + offset, new)?;
+            self.put(out, self.task.to + offset, new)?;
         }
         match self.task.copy_to {
-            Some(to) => out.write_at(to + offset, old),
+            Some(to) => self.put(out, to + offset, old),
             None => Ok(()),
         }
     }
