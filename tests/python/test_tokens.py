@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -473,13 +471,6 @@ def test_bad_calls():
     for ids, scores in (((2, 3), (3, 5)), ((3,), (3, 5)), ((3, 2), (5,))):
         with pytest.raises(ShapeError):
             processor(np.zeros(ids, dtype=np.int64), np.zeros(scores))
-
-
-def test_the_code_of_the_guide_runs():
-    guide = Path(__file__).parents[2] / "docs" / "refuse-decoding.md"
-    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 3
-    exec(compile("\n".join(blocks), str(guide), "exec"), {})
 
 
 def test_every_position_and_before_the_first():
