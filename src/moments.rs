@@ -15,7 +15,6 @@ use crate::linalg::gemm::{self, Gemm, Mat, Out};
 use crate::simd::{Kernel, dispatch};
 use crate::view::Rows;
 use crate::{Error, Result, par};
-use std::collections::VecDeque;
 use std::ops::Range;
 
 /// Rows per partial sum.
@@ -485,7 +484,7 @@ impl<R: Gemm> Centred<R> {
         d: usize,
         add: impl Fn(&mut [f64], usize, Mat<'_, R>, Mat<'_, R>, &mut Vec<R>) + Sync + Send,
     ) {
-        par::for_each(usize::MAX, folded(out, STRIP * d), |strips| {
+        par::for_each(usize::MAX, par::folded(out, STRIP * d), |strips| {
             let mut scratch = Vec::new();
             for (i, strip) in strips {
                 let (start, height) = (i * STRIP, strip.len() / d);
@@ -497,17 +496,6 @@ impl<R: Gemm> Centred<R> {
             }
         });
     }
-}
-
-/// Pieces of `step` elements with their indices, the last with the first and so on inwards: in a triangle the two
-/// together are as much work as any other two.
-fn folded(a: &mut [f64], step: usize) -> Vec<Vec<(usize, &mut [f64])>> {
-    let mut pieces: VecDeque<_> = a.chunks_mut(step).enumerate().collect();
-    let mut items = Vec::with_capacity(pieces.len().div_ceil(2));
-    while let Some(last) = pieces.pop_back() {
-        items.push(std::iter::once(last).chain(pieces.pop_front()).collect());
-    }
-    items
 }
 
 /// One column block of [`Centred::centre`].

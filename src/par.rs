@@ -7,6 +7,7 @@
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
@@ -139,6 +140,17 @@ pub fn ranges(len: usize, step: usize) -> Vec<std::ops::Range<usize>> {
         .step_by(step.max(1))
         .map(|s| s..(s + step).min(len))
         .collect()
+}
+
+/// Pieces of `step` elements with their indices, the last with the first and so on inwards: in a triangle the two
+/// together are as much work as any other two.
+pub fn folded(a: &mut [f64], step: usize) -> Vec<Vec<(usize, &mut [f64])>> {
+    let mut pieces: VecDeque<_> = a.chunks_mut(step).enumerate().collect();
+    let mut items = Vec::with_capacity(pieces.len().div_ceil(2));
+    while let Some(last) = pieces.pop_back() {
+        items.push(std::iter::once(last).chain(pieces.pop_front()).collect());
+    }
+    items
 }
 
 #[cfg(test)]

@@ -12,7 +12,6 @@ use crate::moments::{Moments, NonFinitePolicy};
 use crate::simd::{Kernel, dispatch};
 use crate::view::Rows;
 use crate::{Error, Result, par};
-use std::collections::VecDeque;
 use std::ops::Range;
 
 /// Rows multiplied at once.
@@ -181,26 +180,31 @@ impl CrossMoments {
         // Eight strips or more where there is work for them; a short one still fills the registers of a product.
         let height = (d.div_ceil(8).next_multiple_of(64)).min(STRIP);
         let flops = depth.saturating_mul(d * d);
-        par::for_each(flops, folded(&mut self.products, height * d), |strips| {
-            let mut product = vec![T::Acc::ZERO; height * COLUMNS.min(d)];
-            for (i, strip) in strips {
-                let (start, rows) = (i * height, strip.len() / d);
-                for left in (0..start + rows).step_by(COLUMNS) {
-                    let cols = (start + rows - left).min(COLUMNS);
-                    let out = Out {
-                        data: &mut product[..rows * cols],
-                        stride: cols,
-                        add: false,
-                    };
-                    let a = Mat::strided(&centred[start..], depth, rows, pitch);
-                    let b = Mat::strided(&centred[left..], depth, cols, pitch);
-                    gemm::at_b(out, a, b);
-                    for (to, from) in strip.chunks_exact_mut(d).zip(product.chunks_exact(cols)) {
-                        dispatch(Accumulate(&mut to[left..left + cols], from));
+        par::for_each(
+            flops,
+            par::folded(&mut self.products, height * d),
+            |strips| {
+                let mut product = vec![T::Acc::ZERO; height * COLUMNS.min(d)];
+                for (i, strip) in strips {
+                    let (start, rows) = (i * height, strip.len() / d);
+                    for left in (0..start + rows).step_by(COLUMNS) {
+                        let cols = (start + rows - left).min(COLUMNS);
+                        let out = Out {
+                            data: &mut product[..rows * cols],
+                            stride: cols,
+                            add: false,
+                        };
+                        let a = Mat::strided(&centred[start..], depth, rows, pitch);
+                        let b = Mat::strided(&centred[left..], depth, cols, pitch);
+                        gemm::at_b(out, a, b);
+                        for (to, from) in strip.chunks_exact_mut(d).zip(product.chunks_exact(cols))
+                        {
+                            dispatch(Accumulate(&mut to[left..left + cols], from));
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
     }
 
     /// Element of `Σ z zᵀ` about the mean of all rows; `i >= j`.
@@ -446,17 +450,6 @@ fn squares<R: Real>(x: &[R]) -> f64 {
         }
     }
     lanes.iter().sum()
-}
-
-/// Pieces of `step` elements with their indices, the last with the first and so on inwards: in a triangle the two
-/// together are as much work as any other two.
-fn folded(a: &mut [f64], step: usize) -> Vec<Vec<(usize, &mut [f64])>> {
-    let mut pieces: VecDeque<_> = a.chunks_mut(step).enumerate().collect();
-    let mut items = Vec::with_capacity(pieces.len().div_ceil(2));
-    while let Some(last) = pieces.pop_back() {
-        items.push(std::iter::once(last).chain(pieces.pop_front()).collect());
-    }
-    items
 }
 
 #[cfg(test)]

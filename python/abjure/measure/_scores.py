@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError
 from ._arrays import Floats
-from .rates import Interval, Rate, beta_quantile, binomial_at_least
+from .paired import clustered_mean
+from .rates import Interval, Rate
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,6 @@ def check_level(level: float) -> None:
         raise ArgumentError(f"level: expected a share in (0, 1), got {level}")
 
 
-def student_t(level: float, df: int) -> float:
-    """``t`` with ``P(|T| <= t) = level`` at ``df`` degrees of freedom."""
-    # df / (df + T²) has a beta distribution.
-    x = beta_quantile(1 - level, df / 2, 0.5)
-    return math.sqrt(df * (1 - x) / x)
-
-
 def mean_estimate(
     values: Sequence[int | Fraction | float],
     clusters: Sequence[Any] | None = None,
@@ -182,8 +176,7 @@ def mean_estimate(
 ) -> Estimate:
     """Mean with a t interval, from the variation of single items or of clusters; cut to ``bounds``.
 
-    With clusters: ``SE² = C/(C−1) Σ_c (Σ_{i in c} (x_i − mean))² / n²`` and C − 1 degrees of freedom. No interval for
-    fewer than two items or clusters.
+    The error is that of :func:`clustered_mean`. No interval for fewer than two items or clusters.
     """
     n = len(values)
     if not n:
@@ -192,13 +185,12 @@ def mean_estimate(
     exact = sum(whole, Fraction(0)) / n if len(whole) == n else None
     x: Floats = np.asarray([float(v) for v in values])
     mean = float(exact) if exact is not None else math.fsum(x) / n
-    sums: dict[Any, float] = {}
-    for name, v in zip(range(n) if clusters is None else clusters, x - mean, strict=True):
-        sums[name] = sums.get(name, 0.0) + float(v)
-    c = len(sums)
     interval = None
-    if c > 1:
-        half = student_t(level, c - 1) * math.sqrt(c / (c - 1) * math.fsum(s * s for s in sums.values())) / n
+    places: dict[Any, int] = {}
+    # A missing name is a cluster like any other here.
+    group = [places.setdefault(name, len(places)) for name in (range(n) if clusters is None else clusters)]
+    if len(places) > 1:
+        half = clustered_mean(x, group).half_width(level)
         low, high = mean - half, mean + half
         interval = (low, high) if bounds is None else (max(low, bounds[0]), min(high, bounds[1]))
     return Estimate(mean, interval, n, invalid, exact)
@@ -238,31 +230,3 @@ def check_resampling(resamples: int, seed: int) -> None:
         raise ArgumentError(f"resamples: expected 100 or more, got {resamples!r}")
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ArgumentError(f"seed: expected an integer of 0 or more, got {seed!r}")
-
-
-def mcnemar(b: int, c: int) -> float:
-    """Exact two-sided p-value of McNemar's test from the discordant pairs; 1 without any."""
-    n = b + c
-    # The lower tail is the upper tail of the other one, p being a half.
-    return 1.0 if n == 0 else min(1.0, 2 * binomial_at_least(n - min(b, c), n, 0.5))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values corrected by Holm's procedure, in their order."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    out, running = [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        running = max(running, min(1.0, (len(p) - rank) * p[i]))
-        out[i] = running
-    return out
-
-
-def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
-    """Agreement of two raters beyond chance; None where both always say the same."""
-    n = len(a)
-    if not n:
-        return None
-    agree = Fraction(sum(x == y for x, y in zip(a, b, strict=True)), n)
-    p, q = Fraction(sum(a), n), Fraction(sum(b), n)
-    chance = p * q + (1 - p) * (1 - q)
-    return None if chance == 1 else float((agree - chance) / (1 - chance))

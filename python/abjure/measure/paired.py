@@ -216,10 +216,14 @@ class ClusteredMean:
         Raises:
             ArgumentError: ``level`` out of range.
         """
+        half = self.half_width(level)
+        return self.mean - half, self.mean + half
+
+    def half_width(self, level: float = 0.95) -> float:
+        """Half the width of :meth:`ci`. Raises as it does."""
         if not 0 < level < 1:
             raise ArgumentError(f"level: expected a share in (0, 1), got {level}")
-        half = t_quantile(0.5 + level / 2, self.units - 1) * self.se
-        return self.mean - half, self.mean + half
+        return t_quantile(0.5 + level / 2, self.units - 1) * self.se
 
     @property
     def pvalue(self) -> float:

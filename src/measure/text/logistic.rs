@@ -11,6 +11,7 @@
 //! the number of threads changes no bit.
 
 use crate::cancel::Cancel;
+use crate::linalg::{add_scaled, inner};
 use crate::{Error, Result, par};
 
 /// Rows or columns of one work item, at least.
@@ -250,14 +251,6 @@ struct Eval {
     value: f64,
     slopes: Vec<f64>,
     probabilities: Vec<f64>,
-}
-
-fn inner(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
-fn add_scaled(to: &mut [f64], by: f64, v: &[f64]) {
-    to.iter_mut().zip(v).for_each(|(t, v)| *t += by * v);
 }
 
 impl Problem<'_> {

@@ -14,6 +14,7 @@
 use crate::cancel::Cancel;
 use crate::element::{Element, Real};
 use crate::linalg::gemm::{Gemm, Mat, Out, a_bt, at_b};
+use crate::linalg::{add_scaled, inner};
 use crate::moments::{Moments, NonFinitePolicy};
 use crate::simd::{Kernel, dispatch, dot};
 use crate::view::Rows;
@@ -305,16 +306,8 @@ fn class_weights(
     }
 }
 
-fn inner(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
 fn length(a: &[f64]) -> f64 {
     inner(a, a).sqrt()
-}
-
-fn add_scaled(to: &mut [f64], by: f64, v: &[f64]) {
-    to.iter_mut().zip(v).for_each(|(t, v)| *t += by * v);
 }
 
 /// One set of rows and one strength. The unknowns are `[w, b']` with `z = w·(x − mean) + b'`: about the mean the

@@ -13,7 +13,8 @@ import numpy as np
 from ...errors import ArgumentError, DTypeError
 from .._columns import full, names, texts, verdicts
 from .._records import read_csv
-from .._scores import Estimate, Row, Scores, check_level, cohen_kappa, rate_of
+from .._scores import Estimate, Row, Scores, check_level, rate_of
+from ..agreement import cohen_kappa
 from ..rates import Interval, Rate, rate_difference
 from ..refusals import PhraseList, refusal_match
 
@@ -285,5 +286,5 @@ def evorefuse_scores(
         raise ArgumentError("responses: expected at least one, got none")
     judged = [bool(v) for v in verdicts(full(classified, "classified", len(found)), "classified")]
     both = [(p, c) for p, c in zip(found.verdicts, judged, strict=True) if p is not None]
-    kappa = cohen_kappa([p for p, _ in both], [c for _, c in both])
+    kappa = cohen_kappa([p for p, _ in both], [c for _, c in both]) if both else None
     return EvoRefuse(found.rate, Rate(sum(judged), len(judged)), kappa, level)

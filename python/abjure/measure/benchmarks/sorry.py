@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from typing import Any, Literal
 from ...errors import ArgumentError, ShapeError
 from .._columns import names, verdicts
 from .._records import read_jsonl
-from .._scores import Estimate, Row, Scores, check_level, holm, mcnemar, mean_estimate, rate_of
+from .._scores import Estimate, Row, Scores, check_level, mean_estimate, rate_of
+from ..paired import adjust_pvalues, mcnemar
 from ..rates import Rate
 
 _HATE = (
@@ -270,15 +272,13 @@ def _pairs(judged: list[tuple[Any, Any, Any, bool]], base: str) -> dict[tuple[An
         shared = [item for item in of if item in reference]
         if style == base or not shared:
             continue
-        gained = sum(of[i] and not reference[i] for i in shared)
-        lost = sum(reference[i] and not of[i] for i in shared)
         before, after = (Rate(sum(x[i] for i in shared), len(shared)) for x in (reference, of))
-        found[model, style] = AgainstBase(before, after, gained, lost, mcnemar(gained, lost), 1.0)
-    corrected = holm([a.p for a in found.values()])
-    return {
-        key: AgainstBase(a.base, a.mutated, a.gained, a.lost, a.p, p)
-        for (key, a), p in zip(found.items(), corrected, strict=True)
-    }
+        test = mcnemar([of[i] for i in shared], [reference[i] for i in shared])
+        found[model, style] = AgainstBase(before, after, test.first_only, test.second_only, test.exact, 1.0)
+    if not found:
+        return found
+    corrected = adjust_pvalues({key: a.p for key, a in found.items()}, "holm")
+    return {key: dataclasses.replace(a, p_holm=corrected[key]) for key, a in found.items()}
 
 
 def read_sorry_bench(
