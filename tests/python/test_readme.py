@@ -18,6 +18,7 @@ PAGES = [
     "docs/measure-text.md",
     "docs/checkpoint.md",
     "docs/measure.md",
+    "docs/audit.md",
 ]
 
 

@@ -14,6 +14,8 @@ Similarity of representations: :func:`cka` (linear and RBF), :class:`LinearCKA` 
 Refusals by published lists of phrases: :func:`refusal_match`, with :func:`corrected_rate` for the known errors of a
 list, and :func:`measure_responses` for a file of responses. Scores that benchmarks define:
 :mod:`~abjure.measure.benchmarks`; any of it on one page: :class:`Report`.
+Audits of refusals: :func:`refusal_shift` (two models), :func:`scan_finetuning_set` (training data),
+:func:`search_triggers`.
 Classifiers of texts: :mod:`~abjure.measure.text` (:class:`NgramRefusalClassifier`, :class:`TsetlinTextClassifier`,
 :class:`TopicMatcher`).
 """
@@ -22,6 +24,19 @@ from __future__ import annotations
 
 from ._records import read_jsonl
 from .agreement import Agreement, agreement, cohen_kappa, fleiss_kappa, krippendorff_alpha
+from .audit import (
+    FinetuningScan,
+    GroupGap,
+    GroupShift,
+    PairedShift,
+    RefusalShift,
+    Trigger,
+    TriggerSearch,
+    embedding_clusters,
+    refusal_shift,
+    scan_finetuning_set,
+    search_triggers,
+)
 from .benchmarks import (
     FAIL_SAFE_GROUNDING,
     FAIL_SAFE_ROBUSTNESS,
@@ -120,18 +135,23 @@ __all__ = [
     "EvoRefuse",
     "FactorisedSearch",
     "FailSafe",
+    "FinetuningScan",
     "Gap",
+    "GroupGap",
+    "GroupShift",
     "HoneSet",
     "LinearCKA",
     "McNemar",
     "MembershipTest",
     "NgramRefusalClassifier",
     "OverRefusal",
+    "PairedShift",
     "ParityGap",
     "PhraseList",
     "RTuning",
     "Rate",
     "RefusalMatches",
+    "RefusalShift",
     "Report",
     "ResponseRates",
     "RougeL",
@@ -141,6 +161,8 @@ __all__ = [
     "StrongReject",
     "TopicMatcher",
     "Transfer",
+    "Trigger",
+    "TriggerSearch",
     "TsetlinMachine",
     "TsetlinTextClassifier",
     "adjust_pvalues",
@@ -159,6 +181,7 @@ __all__ = [
     "cohen_kappa",
     "corrected_rate",
     "dart_difficulty",
+    "embedding_clusters",
     "entropy_mia",
     "evorefuse_scores",
     "exact_match",
@@ -193,10 +216,13 @@ __all__ = [
     "read_sorry_bench",
     "read_xstest",
     "refusal_match",
+    "refusal_shift",
     "refusal_tradeoff",
     "response_rates",
     "rouge_l",
     "safe_answer_refusal_rate",
+    "scan_finetuning_set",
+    "search_triggers",
     "sequence_mia",
     "sign_flip_test",
     "sorry_bench_sample",
