@@ -19,6 +19,7 @@ PAGES = [
     "docs/checkpoint.md",
     "docs/measure.md",
     "docs/audit.md",
+    "docs/audit-parity.md",
 ]
 
 

@@ -97,6 +97,7 @@ from .membership import (
 from .overlap import RougeL, exact_match, rouge_l
 from .paired import ClusteredMean, McNemar, SignFlip, adjust_pvalues, clustered_mean, mcnemar, sign_flip_test
 from .parity import Gap, ParityGap, parity_gap
+from .parity_bounds import BASES, GapBounds, ParityBounds
 from .quality import forget_quality, ks_test, model_utility, truth_ratio
 from .ranking import Auroc, AurocDifference, auroc, auroc_difference, average_precision
 from .rates import Rate, ResponseRates, percent_shares, rate, rate_difference, response_rates
@@ -111,6 +112,7 @@ from .transfer import Transfer, knn_transfer
 from .tug_of_war import tug_of_war
 
 __all__ = [
+    "BASES",
     "FAIL_SAFE_GROUNDING",
     "FAIL_SAFE_ROBUSTNESS",
     "H2_BANDS",
@@ -137,6 +139,7 @@ __all__ = [
     "FailSafe",
     "FinetuningScan",
     "Gap",
+    "GapBounds",
     "GroupGap",
     "GroupShift",
     "HoneSet",
@@ -146,6 +149,7 @@ __all__ = [
     "NgramRefusalClassifier",
     "OverRefusal",
     "PairedShift",
+    "ParityBounds",
     "ParityGap",
     "PhraseList",
     "RTuning",

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from .. import _native
 from ..errors import ArgumentError, DegenerateError
-from ._arrays import Floats, binary, codes
+from ._arrays import Floats, binary, codes, items, missing
+from .parity_bounds import BASES, GapBounds, ParityBounds, bounds, check_basis, observed_or_missing, proxy
 from .rates import Interval, Rate, rate_difference
 from .resampling import check_options
 
-__all__ = ["Gap", "ParityGap", "parity_gap"]
+__all__ = ["BASES", "Gap", "GapBounds", "ParityBounds", "ParityGap", "parity_gap"]
+
+Ground = Literal["required by law", "volunteered", "inferred", "imputed"]
+Basis = Ground | Sequence[Ground]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Gap:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParityGap:
     """How differently groups are treated. Here a prediction of 1 is a refusal and a label of 1 says it was right.
 
@@ -81,6 +85,8 @@ class ParityGap:
         equal_opportunity: gap of the true-positive rates; None without labels.
         false_positive: gap of the false-positive rates; None without labels.
         level: coverage of the intervals.
+        basis: how the attribute came to be known (see ``BASES``); None where the groups are no attribute of persons or
+            nobody said.
     """
 
     demographic_parity: Gap
@@ -88,6 +94,7 @@ class ParityGap:
     false_positive: Gap | None = None
     level: float = 0.95
     _odds: tuple[float, Interval] | None = field(default=None, repr=False)
+    basis: str | None = None
 
     @property
     def equalised_odds(self) -> float | None:
@@ -98,6 +105,11 @@ class ParityGap:
     def equalised_odds_ci(self) -> Interval | None:
         """Its bootstrap interval."""
         return None if self._odds is None else self._odds[1]
+
+    def __repr__(self) -> str:
+        named = ("demographic_parity", "equal_opportunity", "false_positive")
+        parts = [f"{name}={getattr(self, name)!r}" for name in named if getattr(self, name) is not None]
+        return f"ParityGap({', '.join(parts)}, basis: {self.basis or 'not stated'})"
 
     def _repr_html_(self) -> str:
         body = ""
@@ -112,7 +124,8 @@ class ParityGap:
                 cells = f"<td>{gap.value:.4f}</td><td>{gap.ci[0]:.4f} to {gap.ci[1]:.4f}</td><td>{gap.pvalue:.3g}</td>"
             body += f"<tr><td>{name.replace('_', ' ')}</td>{cells}<td>{html.escape(groups)}</td></tr>"
         head = f"<th></th><th>gap</th><th>{self.level:.0%}</th><th>p</th><th>groups</th>"
-        return f"<table><tr>{head}</tr>{body}</table>"
+        basis = f"<caption>basis of the attribute: {html.escape(self.basis or 'not stated')}</caption>"
+        return f"<table>{basis}<tr>{head}</tr>{body}</table>"
 
     def plot(self, ax: Any = None) -> Any:
         """Rate of each group with its Wilson interval, on matplotlib axes (made if None)."""
@@ -138,42 +151,120 @@ class ParityGap:
         return ax
 
 
+@overload
 def parity_gap(
     predictions: Any,
     groups: Any,
     labels: Any = None,
     *,
+    probabilities: None = None,
+    names: Any = None,
+    cells: Any = None,
+    basis: None = None,
     min_n: int = 1,
-    resamples: int = 10_000,
+    resamples: int | None = None,
     level: float = 0.95,
     seed: int = 0,
-) -> ParityGap:
-    """Gaps between groups in the rate of a prediction, with intervals.
+) -> ParityGap: ...
+
+
+@overload
+def parity_gap(
+    predictions: Any,
+    groups: Any = None,
+    labels: Any = None,
+    *,
+    probabilities: Any = None,
+    names: Any = None,
+    cells: Any = None,
+    basis: Basis,
+    min_n: int = 1,
+    resamples: int | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Any: ...
+
+
+def parity_gap(
+    predictions: Any,
+    groups: Any = None,
+    labels: Any = None,
+    *,
+    probabilities: Any = None,
+    names: Any = None,
+    cells: Any = None,
+    basis: Basis | None = None,
+    min_n: int = 1,
+    resamples: int | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> ParityGap | ParityBounds:
+    """Gaps between groups in the rate of a prediction, with intervals; bounds where the group is not known of all.
+
+    With a group in every row the gaps are estimated. With groups missing in some rows, or known only as probabilities,
+    the data allow a range of gaps: the result then holds its sharp limits, and beside them the estimate under a stated
+    assumption. Rows without a group are never dropped.
 
     Args:
         predictions: ``(n,)`` of true or false: refused.
-        groups: ``(n,)`` names, two different ones or more.
+        groups: ``(n,)`` names, two different ones or more; None (and NaN) where the attribute is not known, which needs
+            ``basis``.
         labels: ``(n,)`` of true or false: should have been refused. Without them demographic parity alone is measured.
+        probabilities: ``(n, groups)`` of a proxy model, or a mapping from group to column; rows sum to 1. Rows whose
+            group is known as well count as known. They are taken for calibrated, within each label too.
+        names: of the columns of ``probabilities``.
+        cells: ``(n,)`` the value of the proxy of each row (a surname, a district), within which anything between
+            prediction and attribute is possible. By default rows of equal probabilities, or, where those are few, of
+            probabilities equal to 0.05: coarser cells give wider, still valid bounds.
+        basis: how the attribute came to be known: ``"required by law"``, ``"volunteered"``, ``"inferred"``,
+            ``"imputed"``, or several. Must be given where it is missing or only probable, and is printed with every
+            number.
         min_n: rows below which a group counts as empty, in each of the gaps.
-        resamples: bootstrap samples, and permutations where there are more than two groups.
+        resamples: bootstrap samples, and permutations where there are more than two groups; 10 000, or 1000 with
+            probabilities.
         level: coverage of the intervals.
         seed: of the generators.
 
-    Raises:
-        ShapeError: columns that do not fit. ArgumentError: a value that is neither 0 nor 1, a row without a group, an
-            option out of range.
-        DegenerateError: fewer than two groups.
+    Returns:
+        :class:`ParityGap`, or :class:`ParityBounds` where a group is missing or probabilities are given.
 
-    Source: Dwork and others, 2012 (demographic parity); Hardt, Price, Srebro, arXiv 1610.02413 (the other two).
+    Raises:
+        ShapeError: columns that do not fit. ArgumentError: a value that is neither 0 nor 1, a row without a group and
+            no ``basis``, an unknown basis, probabilities that do not sum to 1 (the row is named), an option out of
+            range.
+        DegenerateError: fewer than two groups. NonFiniteError: a probability is NaN.
+
+    Source: Dwork and others, 2012 (demographic parity); Hardt, Price, Srebro, arXiv 1610.02413 (the other two); Manski,
+    1989 (worst cases over missing values); Chen and others, arXiv 1811.11154 (weighting by probabilities, the bias of
+    thresholding); Kallus, Mao, Zhou, arXiv 1906.00285 (sharp bounds from a proxy).
     """
+    resamples = (10_000 if probabilities is None else 1000) if resamples is None else resamples
     check_options(resamples, level, seed)
     if min_n < 1:
         raise ArgumentError(f"min_n: expected 1 or more, got {min_n}")
     said = binary(predictions, "predictions")
+    grounds = None if basis is None else check_basis(basis)
+    if groups is None and probabilities is None:
+        raise ArgumentError("groups, probabilities: expected at least one of the two")
+    unknown = groups is not None and any(missing(g) for g in items(groups, "groups"))
+    if probabilities is not None or (unknown and grounds is not None):
+        if grounds is None:
+            check_basis(basis)
+        assert grounds is not None
+        right = None if labels is None else binary(labels, "labels", len(said)).astype(bool)
+        options: dict[str, Any] = {"min_n": min_n, "resamples": resamples, "level": level, "seed": seed}
+        if probabilities is None:
+            code, found = observed_or_missing(groups, len(said))
+            return bounds(said, code, None, found, None, right, grounds, **options)
+        q, found = proxy(probabilities, names, len(said))
+        known = None if groups is None else _known(groups, found, len(said))
+        return bounds(said, known, q, found, cells, right, grounds, **options)
+    if unknown:
+        raise ArgumentError("groups: expected a name for every row, or basis= for bounds that allow for missing ones")
     group, names = codes(groups, "groups", len(said))
     if len(names) < 2:
         raise DegenerateError(f"groups: expected two groups or more, got {len(names)}")
-    q = [(1 - level) / 2, (1 + level) / 2]
+    tails = [(1 - level) / 2, (1 + level) / 2]
 
     def gap(rows: Any, stream: int) -> tuple[Gap, Floats | None]:
         n = np.bincount(group[rows], minlength=len(names))
@@ -188,22 +279,32 @@ def parity_gap(
         drawn = np.asarray(_native.bootstrap_sums(strata, [None for _ in strata], resamples, seed + stream))
         table = drawn.reshape(resamples, len(names), 2)[:, :, 0] / n
         spread: Floats = table.max(axis=1) - table.min(axis=1)
-        interval = tuple(map(float, np.quantile(spread, q)))
+        interval = tuple(map(float, np.quantile(spread, tails)))
         p = _fisher(k, n) if len(names) == 2 else _permutation(k, n, resamples, seed)
         found = Gap(float(share[high] - share[low]), names[high], names[low], (interval[0], interval[1]), p, rates)
         return found, spread
 
     parity, _ = gap(np.ones(len(said), dtype=bool), 0)
     if labels is None:
-        return ParityGap(parity, level=level)
+        return ParityGap(parity, level=level, basis=grounds)
     right = binary(labels, "labels", len(said)).astype(bool)
     (true, first), (false, second) = gap(right, 1), gap(~right, 2)
     odds = None
     if first is not None and second is not None and true.value is not None and false.value is not None:
         # The two are independent: they are of different rows.
-        low, high = np.quantile(np.maximum(first, second), q)
+        low, high = np.quantile(np.maximum(first, second), tails)
         odds = (max(true.value, false.value), (float(low), float(high)))
-    return ParityGap(parity, true, false, level, odds)
+    return ParityGap(parity, true, false, level, odds, grounds)
+
+
+def _known(groups: Any, names: list[Hashable], n: int) -> Any:
+    """Groups as columns of the probabilities, -1 where there is none."""
+    code, seen = observed_or_missing(groups, n)
+    unknown = [g for g in seen if g not in names]
+    if unknown:
+        raise ArgumentError(f"groups: expected names of the probabilities' columns, {names}, got {unknown[0]!r}")
+    place = np.array([*(names.index(g) for g in seen), -1])
+    return place[code]
 
 
 def _fisher(k: Any, n: Any) -> float:
