@@ -28,6 +28,11 @@ impl Random {
         ))
     }
 
+    /// What [`Random::new`] continues the stream from.
+    pub const fn state(&self) -> u64 {
+        self.0
+    }
+
     #[inline(always)]
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(STEP);

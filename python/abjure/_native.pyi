@@ -223,6 +223,23 @@ def cross_error(
     posterior: bool,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]: ...
+def half_errors(
+    x: Any,
+    y: Any,
+    classes: int,
+    queries: Any,
+    query_y: Any,
+    query_rows: Any,
+    options: dict[str, Any],
+    halves: int,
+    seed: int,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]: ...
+def nearest_neighbours(x: Any, k: int, progress: Callable[[int], object] | None = None) -> tuple[Any, Any]: ...
+def spanning_tree(x: Any, progress: Callable[[int], object] | None = None) -> tuple[Any, Any]: ...
+def draw_rows(state: int, n: int, m: int) -> tuple[npt.NDArray[np.int64], int]: ...
+def step_rows(x: Any | None, delta: Any, gradient: Any, limits: dict[str, Any], alpha: float) -> None: ...
+def publish_rows(x: Any, delta: Any, out: Any, limits: dict[str, Any], levels: float | None = None) -> None: ...
 def find_bandwidth(
     x: Any,
     y: Any,

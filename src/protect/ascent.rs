@@ -415,9 +415,7 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
         match delta {
             Delta::Class(of) => {
                 for (row, g) in gradient.rows.iter().zip(gradient.values.chunks_exact(d)) {
-                    let to = &mut of[*row as usize * d..][..d];
-                    towards(limits.norm, alpha, g, to);
-                    limits.project_shared(to);
+                    move_shared(limits, alpha, g, &mut of[*row as usize * d..][..d]);
                 }
             }
             Delta::Sample(of) => {
@@ -435,19 +433,7 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
                     items.collect(),
                     |(i, to)| {
                         let g = &gradient.values[at[i] as usize * d..][..d];
-                        match limits.norm {
-                            Norm::Linf => dispatch(SignStep {
-                                x: self.x.row(i),
-                                g,
-                                alpha,
-                                limits,
-                                delta: to,
-                            }),
-                            Norm::L2 => {
-                                towards(limits.norm, alpha, g, to);
-                                limits.project(&self.base(i), to);
-                            }
-                        }
+                        move_row(limits, alpha, self.x.row(i), g, to);
                     },
                 );
             }
@@ -472,6 +458,36 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
 struct Gradient<R> {
     rows: Vec<u32>,
     values: Vec<R>,
+}
+
+/// One step of a perturbation that many rows share, along `g` and back on the budget.
+pub fn move_shared<R: Real>(limits: &Limits, alpha: f64, g: &[R], delta: &mut [R]) {
+    towards(limits.norm, alpha, g, delta);
+    limits.project_shared(delta);
+}
+
+/// One step of the perturbation of the row `x`, along `g` and back into budget and box.
+pub fn move_row<T: Element<Acc: Scalar>>(
+    limits: &Limits,
+    alpha: f64,
+    x: &[T],
+    g: &[T::Acc],
+    delta: &mut [T::Acc],
+) {
+    match limits.norm {
+        Norm::Linf => dispatch(SignStep {
+            x,
+            g,
+            alpha,
+            limits,
+            delta,
+        }),
+        Norm::L2 => {
+            towards(limits.norm, alpha, g, delta);
+            let base: Vec<T::Acc> = x.iter().map(|v| v.load()).collect();
+            limits.project(&base, delta);
+        }
+    }
 }
 
 /// `to += alpha * direction`: the signs of `g` under L∞ (0 where g is 0), `g / ‖g‖` under L2.

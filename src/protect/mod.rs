@@ -9,11 +9,13 @@
 pub mod ascent;
 pub mod bandwidth;
 pub mod cross;
+pub mod neighbours;
 mod objective;
 pub mod pairs;
 mod points;
 pub mod project;
 mod spare;
+pub mod subsample;
 mod tile;
 
 pub use objective::{LeaveOneOut, Objective, RowReading, Singleton, Spec};

@@ -71,7 +71,8 @@ pub struct RowReading {
 }
 
 impl RowReading {
-    fn add(&mut self, r: &Self, scale: f64) {
+    /// Adds all readings but `counted`.
+    pub(super) fn add(&mut self, r: &Self, scale: f64) {
         self.value += scale * r.value;
         self.plugin += scale * r.plugin;
         self.gini += scale * r.gini;

@@ -7,13 +7,16 @@ use crate::element::Element;
 use crate::protect::ascent::{self, Against, Batch, Per, Plan};
 use crate::protect::bandwidth::{self, Rule};
 use crate::protect::cross::{self, CentreGradient, Centres, NO_OWN, Outcome, Queries};
+use crate::protect::neighbours;
 use crate::protect::pairs;
 use crate::protect::project::{Limits, Norm};
+use crate::protect::subsample;
 use crate::protect::{
     LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spare, Spec, mean,
 };
+use crate::random::Random;
 use crate::view::Rows;
-use crate::{Error, Result, with_dtype};
+use crate::{Error, Result, par, with_dtype};
 use numpy::{Element as NumpyElement, IntoPyArray, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -242,25 +245,16 @@ fn cross_error<'py>(
             return Err(Error::shape("queries", format!("{} columns", x.width()), queries.width()).into());
         }
         let codes = labels(&y, "y", x.rows(), classes)?;
-        let query_codes = labels(&query_y, "query_labels", queries.rows(), classes)?;
-        let rows = query_rows.as_array();
-        if rows.len() != queries.rows() {
-            return Err(Error::shape("query_rows", format!("{} entries", queries.rows()), rows.len()).into());
-        }
-        if let Some(row) = rows.iter().find(|r| **r < -1 || **r >= x.rows() as i64) {
-            return Err(Error::value("query_rows", format!("rows of x, 0 to {}, or -1", x.rows() - 1), row).into());
-        }
-        let rows = rows.to_vec();
+        let argument = QueryArgument::new(&query_y, &query_rows, queries.rows(), x.rows(), classes)?;
         let mut out = run_long(py, progress, |cancel| {
             // The queries' mean is of no use; taking it refuses what is not finite.
             mean("queries", &queries)?;
             let mean = mean("x", &x)?;
             let sorted: Sorted<R> = Sorted::all(&x, &codes, classes, &mean);
-            let place = sorted.positions(x.rows(), NO_OWN);
-            let own: Vec<u32> = rows.iter().map(|r| if *r < 0 { NO_OWN } else { place[*r as usize] }).collect();
+            let own = argument.own(&sorted.positions(x.rows(), NO_OWN));
             let all: Vec<u32> = (0..queries.rows() as u32).collect();
             let points = Points::gather(&queries, &all, &mean);
-            let from = Queries { points: &points, labels: &query_codes, own: &own };
+            let from = Queries { points: &points, labels: &argument.codes, own: &own };
             let centres = Centres { points: &sorted.points, segments: &sorted.segments };
             let mut out = cross::evaluate(&spec, from, centres, want, &Spare::default(), &|| tile(cancel))?;
             if want.centres == CentreGradient::Each {
@@ -272,6 +266,283 @@ fn cross_error<'py>(
             out.posterior = Vec::new();
         }
         report(py, out, x.width())
+    })
+}
+
+/// Queries as the engines take them: their codes, and the row of `x` each must not see (-1 for none).
+struct QueryArgument {
+    codes: Vec<u32>,
+    own: Vec<i64>,
+}
+
+impl QueryArgument {
+    fn new(
+        codes: &PyReadonlyArray1<'_, i64>,
+        own: &PyReadonlyArray1<'_, i64>,
+        queries: usize,
+        rows: usize,
+        classes: usize,
+    ) -> Result<Self> {
+        let codes = labels(codes, "query_labels", queries, classes)?;
+        let own = own.as_array();
+        if own.len() != queries {
+            return Err(Error::shape(
+                "query_rows",
+                format!("{queries} entries"),
+                own.len(),
+            ));
+        }
+        if let Some(row) = own.iter().find(|r| **r < -1 || **r >= rows as i64) {
+            let expected = format!("rows of x, 0 to {}, or -1", rows - 1);
+            return Err(Error::value("query_rows", expected, row));
+        }
+        Ok(Self {
+            codes,
+            own: own.to_vec(),
+        })
+    }
+
+    /// The own rows as places in `place`.
+    fn own(&self, place: &[u32]) -> Vec<u32> {
+        let at = |r: &i64| usize::try_from(*r).map_or(NO_OWN, |r| place[r]);
+        self.own.iter().map(at).collect()
+    }
+}
+
+/// Readings of random halves of the data, as arrays of one entry per half.
+#[pyfunction]
+#[pyo3(signature = (x, y, classes, queries, query_y, query_rows, options, halves, seed, progress=None))]
+#[allow(clippy::too_many_arguments)]
+fn half_errors<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    y: PyReadonlyArray1<'py, i64>,
+    classes: usize,
+    queries: &Bound<'py, PyAny>,
+    query_y: PyReadonlyArray1<'py, i64>,
+    query_rows: PyReadonlyArray1<'py, i64>,
+    options: &Bound<'py, PyDict>,
+    halves: usize,
+    seed: u64,
+    progress: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let (array, query_array) = (Array::extract(x, "x")?, Array::extract(queries, "queries")?);
+    query_array.expect_dtype(array.dtype())?;
+    let spec = spec(options, classes)?;
+    let found = with_dtype!(array.dtype(), T => {
+        type R = <T as Element>::Acc;
+        let (x, queries) = (matrix::<T>(&array, "x")?, matrix::<T>(&query_array, "queries")?);
+        if queries.width() != x.width() {
+            return Err(Error::shape("queries", format!("{} columns", x.width()), queries.width()).into());
+        }
+        let codes = labels(&y, "y", x.rows(), classes)?;
+        let argument = QueryArgument::new(&query_y, &query_rows, queries.rows(), x.rows(), classes)?;
+        run_long(py, progress, |cancel| {
+            let mean = mean("x", &x)?;
+            let sorted: Sorted<R> = Sorted::all(&x, &codes, classes, &mean);
+            let own = argument.own(&sorted.positions(x.rows(), NO_OWN));
+            let all: Vec<u32> = (0..queries.rows() as u32).collect();
+            let points = Points::gather(&queries, &all, &mean);
+            let from = Queries { points: &points, labels: &argument.codes, own: &own };
+            let centres = Centres { points: &sorted.points, segments: &sorted.segments };
+            subsample::halves(&spec, from, centres, halves, seed, &|| tile(cancel))
+        })
+    })?;
+    let dict = PyDict::new(py);
+    let column = |f: fn(&crate::protect::RowReading) -> f64| {
+        found.iter().map(f).collect::<Vec<f64>>().into_pyarray(py)
+    };
+    dict.set_item("value", column(|r| r.value))?;
+    dict.set_item("plugin", column(|r| r.plugin))?;
+    dict.set_item("gini", column(|r| r.gini))?;
+    dict.set_item("soft", column(|r| r.soft))?;
+    dict.set_item("entropy", column(|r| r.entropy))?;
+    dict.set_item("nll", column(|r| r.nll))?;
+    dict.set_item("own_label_error", column(|r| r.wrong))?;
+    dict.set_item("rows", column(|r| r.counted))?;
+    Ok(dict)
+}
+
+/// All rows of `x` as points in their own order.
+fn in_order<T: Element<Acc: Scalar>>(x: &Rows<'_, T>) -> Result<Points<T::Acc>> {
+    let all: Vec<u32> = (0..x.rows() as u32).collect();
+    Ok(Points::gather(x, &all, &mean("x", x)?))
+}
+
+/// The `k` rows of `x` nearest to each row of it but itself: indices and squared distances, both rows × k.
+#[pyfunction]
+#[pyo3(signature = (x, k, progress=None))]
+fn nearest_neighbours<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    k: usize,
+    progress: Option<&Bound<'py, PyAny>>,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+    let array = Array::extract(x, "x")?;
+    with_dtype!(array.dtype(), T => {
+        let x = matrix::<T>(&array, "x")?;
+        if k == 0 || k >= x.rows() {
+            return Err(Error::value("k", format!("1 to {} neighbours", x.rows().saturating_sub(1)), k).into());
+        }
+        let (indices, squared) = run_long(py, progress, |cancel| {
+            let points = in_order(&x)?;
+            let own: Vec<u32> = (0..x.rows() as u32).collect();
+            neighbours::nearest(&points, &own, &points, k, &|| tile(cancel))
+        })?;
+        let indices: Vec<i64> = indices.into_iter().map(i64::from).collect();
+        let shape = (x.rows(), k);
+        Ok((
+            indices.into_pyarray(py).call_method1("reshape", shape)?,
+            squared.into_pyarray(py).call_method1("reshape", shape)?,
+        ))
+    })
+}
+
+/// The minimum spanning tree of the rows of `x`: edges (rows - 1 × 2) and their squared lengths.
+#[pyfunction]
+#[pyo3(signature = (x, progress=None))]
+fn spanning_tree<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    progress: Option<&Bound<'py, PyAny>>,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+    let array = Array::extract(x, "x")?;
+    with_dtype!(array.dtype(), T => {
+        let x = matrix::<T>(&array, "x")?;
+        let tree = run_long(py, progress, |cancel| {
+            neighbours::spanning_tree(&in_order(&x)?, &|| tile(cancel))
+        })?;
+        let ends: Vec<i64> = tree.iter().flat_map(|e| [i64::from(e.ends.0), i64::from(e.ends.1)]).collect();
+        let squared: Vec<_> = tree.iter().map(|e| e.squared).collect();
+        Ok((
+            ends.into_pyarray(py).call_method1("reshape", (tree.len(), 2))?,
+            squared.into_pyarray(py).into_any(),
+        ))
+    })
+}
+
+/// The next `m` of `0..n` without repetition, in order, from the generator state `state`, and the state after it.
+#[pyfunction]
+fn draw_rows<'py>(
+    py: Python<'py>,
+    state: u64,
+    n: usize,
+    m: usize,
+) -> (Bound<'py, numpy::PyArray1<i64>>, u64) {
+    let mut random = Random::new(state);
+    let rows: Vec<i64> = (random.sample(n, m).into_iter()).map(i64::from).collect();
+    (rows.into_pyarray(py), random.state())
+}
+
+/// Budget and box of one step.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct LimitsArgument {
+    norm: String,
+    epsilon: f64,
+    low: f64,
+    high: f64,
+}
+
+impl LimitsArgument {
+    fn limits(&self) -> Result<Limits> {
+        Ok(Limits {
+            norm: match self.norm.as_str() {
+                "linf" => Norm::Linf,
+                "l2" => Norm::L2,
+                other => return Err(Error::value("norm", "\"linf\" or \"l2\"", other)),
+            },
+            epsilon: self.epsilon,
+            low: self.low,
+            high: self.high,
+        })
+    }
+}
+
+/// One step of `delta` (rows of the arithmetic type of `x`) along `gradient`, in place: of each row within budget and box,
+/// or, without `x`, of perturbations that many rows share, within the budget.
+#[pyfunction]
+#[pyo3(signature = (x, delta, gradient, limits, alpha))]
+fn step_rows(
+    x: Option<&Bound<'_, PyAny>>,
+    delta: &Bound<'_, PyAny>,
+    gradient: &Bound<'_, PyAny>,
+    limits: LimitsArgument,
+    alpha: f64,
+) -> PyResult<()> {
+    let limits = limits.limits()?;
+    let (mut delta, gradient) = (
+        Array::extract(delta, "delta")?,
+        Array::extract(gradient, "gradient")?,
+    );
+    gradient.expect_dtype(delta.dtype())?;
+    gradient.expect_shape(delta.shape())?;
+    delta.expect_disjoint(&[&gradient])?;
+    let base = x.map(|x| Array::extract(x, "x")).transpose()?;
+    let Some(base) = base else {
+        return with_dtype!(delta.dtype(), R => {
+            let g = matrix::<R>(&gradient, "gradient")?;
+            if mean("gradient", &g).is_err() || size_of::<R>() < 4 {
+                return Err(Error::value("gradient", "finite f32 or f64 rows", "others").into());
+            }
+            let width = g.width();
+            for (i, run) in delta.rows_mut::<R>()?.into_runs(1).into_iter().enumerate() {
+                let g: Vec<<R as Element>::Acc> = g.row(i).iter().map(|v| v.load()).collect();
+                let mut row: Vec<<R as Element>::Acc> = run.data[..width].iter().map(|v| v.load()).collect();
+                ascent::move_shared(&limits, alpha, &g, &mut row);
+                run.data.iter_mut().zip(row).for_each(|(to, v)| *to = R::store(v));
+            }
+            Ok(())
+        });
+    };
+    base.expect_shape(delta.shape())?;
+    with_dtype!(base.dtype(), T => {
+        type R = <T as Element>::Acc;
+        delta.expect_dtype(R::DTYPE)?;
+        let (x, g) = (matrix::<T>(&base, "x")?, matrix::<R>(&gradient, "gradient")?);
+        mean("gradient", &g)?;
+        let width = x.width();
+        par::for_each(x.rows() * width * size_of::<R>(), delta.rows_mut::<R>()?.into_runs(16), |run| {
+            for (k, to) in run.data.chunks_exact_mut(width).enumerate() {
+                ascent::move_row(&limits, alpha, x.row(run.first + k), g.row(run.first + k), to);
+            }
+        });
+        Ok(())
+    })
+}
+
+/// Stores `x + delta` in `out` in the type of `x`, so that budget and box hold as stored.
+#[pyfunction]
+#[pyo3(signature = (x, delta, out, limits, levels=None))]
+fn publish_rows(
+    x: &Bound<'_, PyAny>,
+    delta: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    limits: LimitsArgument,
+    levels: Option<f64>,
+) -> PyResult<()> {
+    let limits = limits.limits()?;
+    let (array, delta, mut out) = (
+        Array::extract(x, "x")?,
+        Array::extract(delta, "delta")?,
+        Array::extract(out, "out")?,
+    );
+    out.expect_dtype(array.dtype())?;
+    out.expect_shape(array.shape())?;
+    delta.expect_shape(array.shape())?;
+    out.expect_disjoint(&[&array, &delta])?;
+    with_dtype!(array.dtype(), T => {
+        type R = <T as Element>::Acc;
+        delta.expect_dtype(R::DTYPE)?;
+        let (x, delta) = (matrix::<T>(&array, "x")?, matrix::<R>(&delta, "delta")?);
+        mean("delta", &delta)?;
+        let width = x.width();
+        par::for_each(4 * x.rows() * width * size_of::<R>(), out.rows_mut::<T>()?.into_runs(64), |run| {
+            for (k, row) in run.data.chunks_exact_mut(width).enumerate() {
+                limits.publish(x.row(run.first + k), delta.row(run.first + k), levels, row);
+            }
+        });
+        Ok(())
     })
 }
 
@@ -414,6 +685,12 @@ impl PlanArgument {
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(published_error, m)?)?;
     m.add_function(wrap_pyfunction!(cross_error, m)?)?;
+    m.add_function(wrap_pyfunction!(half_errors, m)?)?;
+    m.add_function(wrap_pyfunction!(nearest_neighbours, m)?)?;
+    m.add_function(wrap_pyfunction!(spanning_tree, m)?)?;
+    m.add_function(wrap_pyfunction!(draw_rows, m)?)?;
+    m.add_function(wrap_pyfunction!(step_rows, m)?)?;
+    m.add_function(wrap_pyfunction!(publish_rows, m)?)?;
     m.add_function(wrap_pyfunction!(find_bandwidth, m)?)?;
     m.add_function(wrap_pyfunction!(ascend, m)?)
 }

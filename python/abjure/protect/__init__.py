@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from .ascent import Certificate, Protected, maximize_bayes_error
-from .bayes import BayesError, Gradient, bandwidth, bayes_error, bayes_error_gradient
+from .ascent import Protected, maximize_bayes_error
+from .bayes import BayesError, Gradient, bandwidth, bayes_error, bayes_error_gradient, cover_hart
+from .bounds import (
+    Bound,
+    SmoothedError,
+    bayes_error_bounds,
+    bhattacharyya_bound,
+    henze_penrose_bound,
+    nearest_neighbour_bound,
+    smoothed_error,
+)
+from .certificate import Certificate, Verification, fingerprint
 
 __all__ = [
     "BayesError",
+    "Bound",
     "Certificate",
     "Gradient",
     "Protected",
+    "SmoothedError",
+    "Verification",
     "bandwidth",
     "bayes_error",
+    "bayes_error_bounds",
     "bayes_error_gradient",
+    "bhattacharyya_bound",
+    "cover_hart",
+    "fingerprint",
+    "henze_penrose_bound",
     "maximize_bayes_error",
+    "nearest_neighbour_bound",
+    "smoothed_error",
 ]

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from .. import _interop, _native
-from ..errors import ArgumentError, DegenerateError, NonFiniteError
+from .._files import replacing
+from ..errors import ArgumentError, NonFiniteError
 from .bayes import (
     ESTIMATION_PERPLEXITY,
     Array,
     Bandwidth,
-    BayesError,
     Objective,
     Prepared,
-    bayes_error,
     options,
     prepare,
     refuse_singletons,
     resolve_bandwidth,
 )
+from .bounds import matrix64
+from .certificate import SUFFIX, Certificate, certify
+from .sources import is_bytes, to_bytes, unit
 
 #: Default bandwidth against the clean points: of the width of a class, at which many neighbours vote.
 CLEAN_PERPLEXITY = 100.0
@@ -33,57 +37,6 @@ CLEAN_PERPLEXITY = 100.0
 PUBLISHED_WIDENING = 3.5
 #: Rows of a mini-batch above this many rows of data.
 DEFAULT_BATCH = (2000, 4000)
-SENTENCE = "The budget is exact; the readings are estimates; nothing here bounds the accuracy on clean data."
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What can be said of published data: the exact budget and the readings before and after."""
-
-    norm: str
-    epsilon: float
-    #: Largest change of one row (L∞ or L2) between the arrays as stored, in f64.
-    largest_change: float
-    #: Published data among themselves, at the bandwidth that calibrates the clean data.
-    published_before: BayesError
-    published_after: BayesError
-    #: The same, at the bandwidth that calibrates the published data.
-    published_refitted: BayesError
-    #: Clean points under the rule learnt from clean and from published points, at the bandwidth of the ascent.
-    clean_before: BayesError
-    clean_after: BayesError
-    #: Rows that the readings are computed on.
-    rows: int
-    sentence: str = SENTENCE
-
-    @property
-    def holds(self) -> bool:
-        """Whether the stored change is within the budget."""
-        return self.largest_change <= self.epsilon
-
-    def _lines(self) -> list[tuple[str, str, str]]:
-        lines = [("largest change of a row (" + self.norm + ")", f"{self.largest_change:.6g}", f"≤ {self.epsilon:.6g}")]
-        for name, before, after in (
-            ("published", self.published_before, self.published_after),
-            ("published, bandwidth fitted again", self.published_before, self.published_refitted),
-            ("clean under the published rule", self.clean_before, self.clean_after),
-        ):
-            for reading in ("plugin", "gini", "soft", "own_label_error"):
-                values = getattr(before, reading), getattr(after, reading)
-                lines.append((f"{name}: {reading}", f"{values[0]:.4f}", f"{values[1]:.4f}"))
-        return lines
-
-    def __str__(self) -> str:
-        body = "\n".join(f"{name}: {a} -> {b}" for name, a, b in self._lines())
-        return f"{body}\n{self.sentence}"
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th>{html.escape(n)}</th><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>"
-            for n, a, b in self._lines()
-        )
-        head = "<tr><th></th><th>before</th><th>after</th></tr>"
-        return f"<table><caption>{html.escape(self.sentence)}</caption>{head}{cells}</table>"
 
 
 @dataclass(frozen=True)
@@ -127,6 +80,19 @@ class Protected:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
         return f"<p>maximize_bayes_error({html.escape(settings)})</p>{self.certificate._repr_html_()}"
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the published data as ``.npy``, and the certificate beside them as ``<path>.certificate.json``.
+
+        Raises:
+            ArgumentError: another suffix, bfloat16 (``.npy`` holds none), or a path that cannot be written.
+        """
+        if Path(path).suffix != ".npy":
+            raise ArgumentError(f"path: expected a .npy file, got {os.fspath(path)!r}")
+        array = _stored(self.x)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)
+        self.certificate.save(os.fspath(path) + SUFFIX)
+
     def plot(self, examples: int = 8) -> Any:
         """The objective by step and, for images, examples before and after with their difference; a matplotlib figure.
 
@@ -152,6 +118,14 @@ class Protected:
                     axes[row, column].set(xticks=[], yticks=[])
                 axes[row, 0].set_ylabel(name)
         return figure
+
+
+def _stored(x: Any) -> Array:
+    if str(getattr(x, "dtype", "")) in ("torch.bfloat16", "bfloat16"):
+        raise ArgumentError("path: .npy does not hold bfloat16; save x as safetensors and the certificate beside it")
+    if _interop.is_torch(x):
+        return np.asarray(x.numpy())
+    return x if isinstance(x, np.ndarray) else np.asarray(np.from_dlpack(x))
 
 
 def _pictures(protected: Protected, examples: int) -> list[list[Array]]:
@@ -192,33 +166,10 @@ def _positive(value: Any, arg: str) -> float:
     return number
 
 
-def _is_bytes(x: Any) -> bool:
-    return str(getattr(x, "dtype", "")) in ("uint8", "torch.uint8")
-
-
-def _unit(x: Any) -> Any:
-    """Bytes as f32 multiples of 1/255."""
-    if _interop.is_torch(x):
-        import torch
-
-        return x.to(torch.float32) / 255
-    return np.asarray(x).astype(np.float32) / np.float32(255)
-
-
-def _to_bytes(x: Any) -> Any:
-    if _interop.is_torch(x):
-        import torch
-
-        return (x * 255).round().to(torch.uint8)
-    return np.rint(x * np.float32(255)).astype(np.uint8)
-
-
-def _numpy(x: Any) -> Array:
-    if _interop.is_torch(x):
-        return np.asarray(x.detach().double().numpy())
-    if not isinstance(x, np.ndarray):
-        x = np.from_dlpack(x)
-    return np.asarray(x.astype(np.float64, copy=False))
+def _whole(value: Any, arg: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{arg}: expected a whole number, at least {least}, got {value!r}")
+    return value
 
 
 def _check_values(data: Prepared, box: tuple[float, float], levels: float | None) -> None:
@@ -226,12 +177,12 @@ def _check_values(data: Prepared, box: tuple[float, float], levels: float | None
     matrix = data.matrix if hasattr(data.matrix, "min") else np.from_dlpack(data.matrix)
     least, most = float(matrix.min()), float(matrix.max())
     if not (math.isfinite(least) and math.isfinite(most)):
-        index = int(np.flatnonzero(~np.isfinite(_numpy(matrix)))[0])
+        index = int(np.flatnonzero(~np.isfinite(matrix64(matrix)))[0])
         raise NonFiniteError(f"x: non-finite value at flat index {index}")
     if least < box[0] or most > box[1]:
         raise ArgumentError(f"x: expected values in the box {box}, got {least:g} to {most:g}; pass box=(low, high)")
     if levels is not None:
-        scaled = _numpy(matrix) * levels
+        scaled = matrix64(matrix) * levels
         if np.abs(scaled - np.rint(scaled)).max() > 1e-3:
             raise ArgumentError(f"quantize: expected values of x that are multiples of 1/{levels:g}")
 
@@ -282,6 +233,8 @@ def maximize_bayes_error(
     jitter: float = 1e-3,
     seed: int = 0,
     certificate_rows: int = 4096,
+    certificate_subsamples: int = 100,
+    certificate_draws: int = 2048,
     progress: bool | Callable[[int], object] | None = None,
 ) -> Protected:
     """Perturb labelled data within a budget so that their kernel density Bayes error rises.
@@ -320,6 +273,8 @@ def maximize_bayes_error(
         jitter: size, as a part of epsilon, of the seeded noise a per-sample ascent against published starts from.
         seed: of batches and jitter (SplitMix64; the result is the same for every number of threads).
         certificate_rows: rows, drawn with ``seed``, that the certificate's readings are computed on.
+        certificate_subsamples: random halves of them that the intervals of the readings come from; 0 for none.
+        certificate_draws: draws of the certificate's smoothed bound.
         progress: True or False shows or hides a bar, None shows it on a terminal; or a callable given the steps done.
 
     Returns:
@@ -342,6 +297,9 @@ def maximize_bayes_error(
         raise ArgumentError(f"jitter: expected a number from 0 to 1, got {jitter!r}")
     if not 0 <= seed < 2**64:
         raise ArgumentError(f"seed: expected a whole number from 0 to 2^64 - 1, got {seed!r}")
+    _whole(certificate_draws, "certificate_draws", 2)
+    if certificate_subsamples != 0:
+        _whole(certificate_subsamples, "certificate_subsamples", 2)
     if certificate_rows < 64:
         raise ArgumentError(f"certificate_rows: expected at least 64, got {certificate_rows!r}")
     for value, arg, known in (
@@ -352,7 +310,7 @@ def maximize_bayes_error(
         if value not in known:
             raise ArgumentError(f"{arg}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
-    as_bytes = _is_bytes(x)
+    as_bytes = is_bytes(x)
     if as_bytes:
         if quantize not in (None, 255) or (low, high) != (0.0, 1.0):
             raise ArgumentError("quantize, box: uint8 data have 255 levels in the box (0, 1); pass floats for another")
@@ -363,7 +321,7 @@ def maximize_bayes_error(
     if levels is not None and norm == "linf" and math.floor(levels * epsilon + 1e-9) < 1:
         raise ArgumentError(f"epsilon: expected at least one level, 1/{levels:g}, got {epsilon!r}")
 
-    data = prepare(_unit(x) if as_bytes else x, y)
+    data = prepare(unit(x) if as_bytes else x, y)
     _check_values(data, (low, high), levels)
     bandwidths = _ascent_bandwidth(data, bandwidth, against)
     name = "soft_capped" if objective == "soft" and against == "published" and cap else objective
@@ -401,7 +359,6 @@ def maximize_bayes_error(
             stacklevel=2,
         )
     published = out.reshape(data.shape)
-    certificate = _certify(data, out, bandwidths, norm, epsilon, certificate_rows, seed)
     trace = Trace(np.asarray(taken), np.asarray(checks, dtype=np.float64).reshape(-1, 2), best)
     settings = {
         "epsilon": epsilon,
@@ -416,53 +373,26 @@ def maximize_bayes_error(
         "quantize": quantize,
         "seed": seed,
     }
-    result = _to_bytes(published) if as_bytes else _interop.like(published, x)
+    result = to_bytes(published) if as_bytes else _interop.like(published, x)
     clean = x if as_bytes else data.matrix.reshape(data.shape)
     labels = data.classes[data.codes]
-    return Protected(result, clean, labels, trace, certificate, tuple(bandwidths), settings)
-
-
-def _certify(
-    data: Prepared, published: Any, bandwidths: Sequence[float], norm: str, epsilon: float, limit: int, seed: int
-) -> Certificate:
-    n = data.shape[0]
-    pick: Any = slice(None)
-    if n > limit:
-        pick = np.sort(np.random.default_rng(seed).choice(n, limit, replace=False))
-    clean, after, codes = data.matrix[pick], published[pick], data.codes[pick]
-    k = ("perplexity", min(ESTIMATION_PERPLEXITY, max(1.5, len(codes) / 4)))
-
-    def reading(points: Any, rule: Any, queries: Any = None) -> BayesError:
-        return bayes_error(points, codes, queries=queries, bandwidth=rule, singleton="exclude")
-
-    def calibrated(points: Any) -> BayesError:
-        try:
-            return reading(points, k if len(codes) >= 8 else list(bandwidths))
-        except DegenerateError:
-            # Points that coincide calibrate nothing; the ascent's own bandwidth remains.
-            return reading(points, list(bandwidths))
-
-    before = calibrated(clean)
-    return Certificate(
+    certificate = certify(
+        clean,
+        to_bytes(published) if as_bytes else published,
+        data.codes,
+        data.classes,
+        bandwidths=bandwidths,
         norm=norm,
         epsilon=epsilon,
-        largest_change=_largest_change(data.matrix, published, norm),
-        published_before=before,
-        published_after=reading(after, before.bandwidth),
-        published_refitted=calibrated(after),
-        clean_before=reading(clean, list(bandwidths), clean),
-        clean_after=reading(after, list(bandwidths), clean),
-        rows=len(codes),
+        levels=quantize,
+        limit=certificate_rows,
+        subsamples=certificate_subsamples,
+        draws=certificate_draws,
+        seed=seed,
+        protected_rows=None,
+        settings=settings,
     )
-
-
-def _largest_change(clean: Any, published: Any, norm: str) -> float:
-    most = 0.0
-    for start in range(0, clean.shape[0], 1024):
-        part = slice(start, start + 1024)
-        change = _numpy(published[part]) - _numpy(clean[part])
-        most = max(most, float(np.abs(change).max() if norm == "linf" else np.sqrt((change**2).sum(axis=1)).max()))
-    return most
+    return Protected(result, clean, labels, trace, certificate, tuple(bandwidths), settings)
 
 
 class _Bar:

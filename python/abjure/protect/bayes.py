@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ Array = np.ndarray[Any, Any]
 
 #: Perplexity of the rule ``bandwidth="perplexity"``: the one that calibrates the estimate.
 ESTIMATION_PERPLEXITY = 10.0
+#: What is read of every posterior, whatever the objective.
+READINGS = ("plugin", "gini", "soft", "entropy", "nll", "own_label_error")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,22 @@ def rows(x: Any, arg: str) -> tuple[Any, tuple[int, ...]]:
     if len(shape) != 2:
         x = x.reshape((shape[0], math.prod(shape[1:])))
     return x, shape
+
+
+def cover_hart(error: float, classes: int) -> tuple[float, float]:
+    """Bounds of the Bayes error from the asymptotic nearest-neighbour error e (Cover and Hart 1967).
+
+    ``(C-1)/C · (1 - sqrt(max(0, 1 - C/(C-1) e))) <= R* <= e``.
+
+    Raises:
+        ArgumentError: an error outside [0, 1], or fewer than two classes.
+    """
+    if not 0 <= error <= 1:
+        raise ArgumentError(f"error: expected a number from 0 to 1, got {error!r}")
+    if classes < 2:
+        raise ArgumentError(f"classes: expected at least 2, got {classes!r}")
+    ratio = classes / (classes - 1)
+    return (1 - math.sqrt(max(0.0, 1 - ratio * error))) / ratio, error
 
 
 def _number(value: Any, arg: str) -> float:
@@ -176,8 +194,13 @@ class BayesError:
     #: ``(queries, C)`` if asked for.
     posterior: Array | None = field(default=None, repr=False)
     level: float = 0.95
-    #: Standard error of ``value`` from subsamples, None if none were asked for.
-    standard_error: float | None = None
+    #: Standard error of every reading (and of ``"value"``) from subsamples; empty if none were asked for.
+    standard_errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of ``value`` from subsamples, None if none were asked for."""
+        return self.standard_errors.get("value")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -186,8 +209,7 @@ class BayesError:
         ``(C-1)/C · (1 - sqrt(1 - C/(C-1) e)) <= R* <= e``: exact for the density that the kernels describe, for the
         data only as far as that density is theirs.
         """
-        ratio = len(self.classes) / (len(self.classes) - 1)
-        return (1 - math.sqrt(max(0.0, 1 - ratio * self.gini))) / ratio, self.gini
+        return cover_hart(min(max(self.gini, 0.0), 1.0), len(self.classes))
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -202,19 +224,43 @@ class BayesError:
             if self.rows < 2:
                 return (-math.inf, math.inf)
             error = float(np.std(self.values, ddof=1)) / math.sqrt(self.rows)
+        return self._around(self.value, error)
+
+    def interval_of(self, reading: str) -> tuple[float, float]:
+        """Normal interval at ``level`` of ``"plugin"``, ``"gini"``, ``"soft"``, ``"entropy"``, ``"nll"`` or
+        ``"own_label_error"``, from subsamples.
+
+        Raises:
+            ArgumentError: an unknown reading, or none were drawn.
+        """
+        if reading not in READINGS:
+            raise ArgumentError(f"reading: expected one of {', '.join(map(repr, READINGS))}, got {reading!r}")
+        if reading not in self.standard_errors:
+            raise ArgumentError("reading: expected a BayesError made with subsamples, got one without")
+        return self._around(getattr(self, reading), self.standard_errors[reading])
+
+    def _around(self, value: float, error: float) -> tuple[float, float]:
         half = statistics.NormalDist().inv_cdf(0.5 + self.level / 2) * error
-        return self.value - half, self.value + half
+        return value - half, value + half
 
     def _lines(self) -> list[tuple[str, str]]:
         low, high = self.interval
         lower, upper = self.bounds
+
+        def shown(reading: str) -> str:
+            value = f"{getattr(self, reading):.4f}"
+            if reading not in self.standard_errors:
+                return value
+            low, high = self.interval_of(reading)
+            return f"{value}   ({low:.4f} to {high:.4f})"
+
         return [
             (self.objective, f"{self.value:.4f}   ({self.level:.0%} interval {low:.4f} to {high:.4f})"),
-            ("plug-in error 1 - max P", f"{self.plugin:.4f}"),
-            ("nearest-neighbour error 1 - Σ P²", f"{self.gini:.4f}"),
+            ("plug-in error 1 - max P", shown("plugin")),
+            ("nearest-neighbour error 1 - Σ P²", shown("gini")),
             ("Bayes error, Cover–Hart bounds", f"{lower:.4f} to {upper:.4f}"),
-            ("label-drawing error 1 - P_y", f"{self.soft:.4f}"),
-            ("rows whose label is not the likeliest", f"{self.own_label_error:.4f}"),
+            ("label-drawing error 1 - P_y", shown("soft")),
+            ("rows whose label is not the likeliest", shown("own_label_error")),
             ("bandwidth", ", ".join(f"{h:.4g}" for h in self.bandwidth)),
             ("leave one out", self.leave_one_out),
             ("rows", str(self.rows)),
@@ -374,8 +420,8 @@ def bayes_error(
         posterior: also return the posterior.
         level: level of ``interval``.
         subsamples: halves of the data, drawn without replacement, that ``standard_error`` and ``interval`` are computed
-            from: 200 give a stable one, each costs a quarter of the reading. (A bootstrap would not do: a row drawn
-            twice vouches for itself.)
+            from: 200 give a stable one, all from one more pass over the distances. (A bootstrap would not do: a row
+            drawn twice vouches for itself.)
         seed: of the subsamples.
         progress: called with the number of finished tiles every 50 ms.
 
@@ -413,12 +459,12 @@ def bayes_error(
         values=found["values"],
         posterior=found["posterior"].reshape(-1, len(classes)) if posterior else None,
         level=level,
-        standard_error=_standard_error(call, subsamples, seed) if subsamples else None,
+        standard_errors=_standard_errors(call, subsamples, seed, progress) if subsamples else {},
     )
 
 
-def _standard_error(call: _Call, subsamples: int, seed: int) -> float:
-    """Delete-half jackknife of the objective at the bandwidth of the whole (Shao and Wu 1989).
+def _standard_errors(call: _Call, subsamples: int, seed: int, progress: Callable[[int], object] | None) -> Any:
+    """Delete-half jackknife of every reading at the bandwidth of the whole (Shao and Wu 1989).
 
     Values of halves drawn without replacement vary as the value of the whole does: the factor m / (n - m) of their
     variance is 1.
@@ -427,26 +473,26 @@ def _standard_error(call: _Call, subsamples: int, seed: int) -> float:
     n = data.shape[0]
     if n < 8:
         raise DegenerateError(f"subsamples: expected at least 8 rows of x, got {n}")
-    random = np.random.default_rng(seed)
     options = call.options | {"singleton": "keep" if call.options["singleton"] == "keep" else "exclude"}
-    values = []
-    for _ in range(subsamples):
-        pick = np.sort(random.permutation(n)[: (n + 1) // 2])
-        half = Prepared(data.matrix[pick], data.codes[pick], data.classes, (len(pick), *data.shape[1:]))
-        queries, place = call.queries, call.query_rows
-        if queries is not None and place is not None:
-            where = np.full(n + 1, -1)  # the last entry answers for queries of no row
-            where[pick] = np.arange(len(pick))
-            kept = np.flatnonzero(np.where(place < 0, random.random(len(place)) < 0.5, where[place] >= 0))
-            place = where[place[kept]]
-            queries = Prepared(queries.matrix[kept], queries.codes[kept], data.classes, (len(kept), *data.shape[1:]))
-        if queries is None or queries.shape[0] > 0:
-            found = _Call(half, options, queries, place).run()
-            if found["rows"] > 0:
-                values.append(found["value"])
-    if len(values) < 2:
+    queries = data if call.queries is None else call.queries
+    place = np.arange(n) if call.query_rows is None else call.query_rows
+    found = _native.half_errors(
+        data.matrix,
+        data.codes,
+        len(data.classes),
+        queries.matrix,
+        queries.codes,
+        place,
+        options,
+        subsamples,
+        seed,
+        progress=progress,
+    )
+    judged = found["rows"] > 0
+    if judged.sum() < 2:
         raise DegenerateError("subsamples: hardly any has a row to judge")
-    return float(np.std(values, ddof=1))
+    with np.errstate(invalid="ignore"):  # the likelihood of a row can be 0
+        return {name: float(np.std(found[name][judged], ddof=1)) for name in ("value", *READINGS)}
 
 
 def bayes_error_gradient(
