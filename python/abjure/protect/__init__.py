@@ -14,11 +14,13 @@ from .bounds import (
     smoothed_error,
 )
 from .certificate import Certificate, Verification, fingerprint
+from .features import FeatureMap
 
 __all__ = [
     "BayesError",
     "Bound",
     "Certificate",
+    "FeatureMap",
     "Gradient",
     "Protected",
     "SmoothedError",
