@@ -14,9 +14,11 @@ mod objective;
 pub mod pairs;
 mod points;
 pub mod project;
+pub mod recourse;
 mod spare;
 pub mod subsample;
 mod tile;
+pub mod tree;
 
 pub use objective::{LeaveOneOut, Objective, RowReading, Singleton, Spec};
 pub use points::{Points, Sorted, mean};

@@ -15,9 +15,11 @@ mod long;
 mod matching;
 mod measure;
 mod protect;
+mod recourse;
 mod system;
 mod text;
 mod topics;
+mod tree;
 mod tsetlin;
 
 #[pymodule(gil_used = false)]
@@ -31,6 +33,8 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     decoding::register(m)?;
     calibrate::register(m)?;
     protect::register(m)?;
+    recourse::register(m)?;
+    tree::register(m)?;
     matching::register(m)?;
     text::register(m)?;
     topics::register(m)?;

@@ -1,4 +1,4 @@
-"""Publish data that a model cannot learn from: Bayes error, its gradient, and the ascent along it."""
+"""Publish data that a model cannot learn from, and less data; keep promises when records are deleted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from .bounds import (
 )
 from .certificate import Certificate, Verification, fingerprint
 from .features import FeatureMap
+from .recourse import (
+    DeletionModel,
+    Recourse,
+    robust_recourse,
+)
 
 __all__ = [
     "BayesError",
     "Bound",
     "Certificate",
+    "DeletionModel",
     "FeatureMap",
     "Gradient",
     "Protected",
+    "Recourse",
     "SmoothedError",
     "Verification",
     "bandwidth",
@@ -35,5 +42,6 @@ __all__ = [
     "henze_penrose_bound",
     "maximize_bayes_error",
     "nearest_neighbour_bound",
+    "robust_recourse",
     "smoothed_error",
 ]
