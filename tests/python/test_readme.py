@@ -14,6 +14,7 @@ PAGES = [
     "docs/refuse-directions.md",
     "docs/refuse-decoding.md",
     "docs/protect.md",
+    "docs/protect-data.md",
     "docs/measure-benchmarks.md",
     "docs/measure-text.md",
     "docs/checkpoint.md",

@@ -14,7 +14,14 @@ from .bounds import (
     smoothed_error,
 )
 from .certificate import Certificate, Verification, fingerprint
-from .features import FeatureMap
+from .disagreement import (
+    OpenSetScore,
+    disagreement,
+    disagreement_heads,
+    disagreement_loss,
+    head_information,
+    open_set_score,
+)
 from .images import (
     ClassPerturbation,
     ImageFolder,
@@ -47,12 +54,12 @@ __all__ = [
     "ClassPerturbation",
     "ColumnMinimizer",
     "DeletionModel",
-    "FeatureMap",
     "Front",
     "Gradient",
     "ImageFolder",
     "MinimizationReport",
     "Minimized",
+    "OpenSetScore",
     "Protected",
     "ProtectedFolder",
     "Recourse",
@@ -65,13 +72,18 @@ __all__ = [
     "bayes_error_gradient",
     "bhattacharyya_bound",
     "cover_hart",
+    "disagreement",
+    "disagreement_heads",
+    "disagreement_loss",
     "evaluate_release",
     "fingerprint",
+    "head_information",
     "henze_penrose_bound",
     "maximize_bayes_error",
     "minimization_front",
     "minimize_columns",
     "nearest_neighbour_bound",
+    "open_set_score",
     "protect_images",
     "read_folder",
     "robust_recourse",
