@@ -381,9 +381,11 @@ class ImportanceFile:
 
 class TensorEdit:
     @staticmethod
-    def ablate(last_axis: bool, q: _F64, scale: float, keep: str | None) -> TensorEdit: ...
+    def ablate(
+        last_axis: bool, q: _F64, scale: float, keep: str | None, part: tuple[int, int, int] | None = None
+    ) -> TensorEdit: ...
     @staticmethod
-    def scale(factor: float) -> TensorEdit: ...
+    def scale(factor: float, part: tuple[int, int, int] | None = None) -> TensorEdit: ...
     @staticmethod
     def dampen(
         forget: ImportanceFile,

@@ -7,22 +7,30 @@ use std::path::{Path, PathBuf};
 
 /// Bytes of one read where nothing else decides.
 pub const BLOCK: usize = 1 << 20;
+/// What positions in a file and in memory have to be multiples of to be written past the page cache.
+pub const ALIGN: usize = 4096;
 
 /// An open file that remembers its name.
 #[derive(Debug)]
 pub struct Named {
     pub file: File,
     pub path: PathBuf,
+    /// The same file, past the page cache.
+    direct: Option<File>,
 }
 
 impl Named {
+    fn of(file: File, path: &Path) -> Self {
+        let (path, direct) = (path.to_owned(), None);
+        Self { file, path, direct }
+    }
+
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| reading(path, &e))?;
         if !file.metadata().map_err(|e| reading(path, &e))?.is_file() {
             return Err(Error::checkpoint(path, "expected a regular file"));
         }
-        let path = path.to_owned();
-        Ok(Self { file, path })
+        Ok(Self::of(file, path))
     }
 
     /// A new file; one of that name must not exist.
@@ -33,8 +41,7 @@ impl Named {
             .create_new(true)
             .open(path)
             .map_err(|e| writing(path, &e))?;
-        let path = path.to_owned();
-        Ok(Self { file, path })
+        Ok(Self::of(file, path))
     }
 
     /// An existing file, to be changed in place.
@@ -44,8 +51,7 @@ impl Named {
             .write(true)
             .open(path)
             .map_err(|e| writing(path, &e))?;
-        let path = path.to_owned();
-        Ok(Self { file, path })
+        Ok(Self::of(file, path))
     }
 
     pub fn path(&self) -> &Path {
@@ -73,6 +79,49 @@ impl Named {
 
     pub fn set_len(&self, len: u64) -> Result<()> {
         self.file.set_len(len).map_err(|e| writing(&self.path, &e))
+    }
+
+    /// Gives a new file its length and, where the file system can, its blocks, so that a full disk is found out first
+    /// and writers need not wait for each other to extend the file; then [`Named::write_large`] goes past the page cache.
+    pub fn reserve(&mut self, len: u64) -> Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{FallocateFlags, OFlags, fallocate};
+            use rustix::io::Errno;
+            use std::os::unix::fs::OpenOptionsExt;
+            match fallocate(&self.file, FallocateFlags::empty(), 0, len.max(1)) {
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
+                Err(e) => return Err(writing(&self.path, &e.into())),
+            }
+            let flags = OFlags::DIRECT.bits() as i32;
+            let open = File::options()
+                .write(true)
+                .custom_flags(flags)
+                .open(&self.path);
+            self.direct = open.ok();
+        }
+        self.set_len(len)
+    }
+
+    /// Whether [`Named::write_large`] goes past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// Writes a large piece. If `bytes` lie in memory as they will in the file, up to multiples of [`ALIGN`], all but
+    /// the ends goes to the device without a copy in the page cache, where the file system allows it.
+    pub fn write_large(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let head = (at.next_multiple_of(ALIGN as u64) - at) as usize;
+        let end =
+            ((at + bytes.len() as u64) / ALIGN as u64 * ALIGN as u64).saturating_sub(at) as usize;
+        let Some(direct) = self.direct.as_ref().filter(|_| head < end) else {
+            return self.write_at(at, bytes);
+        };
+        if write_all_at(direct, at + head as u64, &bytes[head..end]).is_err() {
+            return self.write_at(at, bytes); // as a full disk, this fails too
+        }
+        self.write_at(at, &bytes[..head])?;
+        self.write_at(at + end as u64, &bytes[end..])
     }
 
     /// Returns once the content is on the storage device.

@@ -498,7 +498,7 @@ pub(super) mod tests {
     }
 
     /// What the rest of the crate relies on, of any header that is accepted.
-    fn sound(header: &Header, len: u64) {
+    pub fn sound(header: &Header, len: u64) {
         let mut at = header.raw.len() as u64;
         let mut names = HashSet::new();
         for t in &header.tensors {

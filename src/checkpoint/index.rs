@@ -280,9 +280,11 @@ fn with_index(directory: PathBuf, name: &str) -> Result<Checkpoint> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::header::tests::file_of;
+    use super::super::header::tests::{file_of, sound as sound_header};
     use super::*;
+    use crate::random::Random;
     use proptest::prelude::*;
+    use std::time::{Duration, Instant};
 
     fn index(text: &str) -> Result<Vec<(String, String)>> {
         parse_index(Path::new("i.json"), text.as_bytes())
@@ -358,6 +360,93 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Bytes changed, cut out, doubled, and put in from a list of what parsers trip over.
+    fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
+        const WORDS: [&str; 16] = [
+            "\"weight_map\":",
+            "\"../a.safetensors\"",
+            "\"data_offsets\":[0,4]",
+            "\"dtype\":\"F4\"",
+            "\"__metadata__\":{",
+            "18446744073709551615",
+            "-1",
+            "1e400",
+            "[[[[[[[[",
+            "\\u0000",
+            "\u{feff}",
+            "null",
+            "\"shape\":[]",
+            "\"x.safetensors\"",
+            "}",
+            "\"",
+        ];
+        for _ in 0..1 + random.below(4) {
+            let n = bytes.len();
+            let (from, value) = (random.below(n + 1), random.bits() as u8);
+            let to = (from + random.below(12)).min(n);
+            match random.below(6) {
+                0 if from < n => bytes[from] = value,
+                1 if from < n => bytes[from] ^= 1 << (value % 8),
+                2 => drop(bytes.drain(from..to)),
+                3 => {
+                    let piece = bytes[from..to].to_vec();
+                    bytes.splice(from..from, piece);
+                }
+                4 => bytes.truncate(from),
+                _ => {
+                    let word = WORDS[random.below(WORDS.len())].bytes();
+                    bytes.splice(from..(from + random.below(3)).min(n), word);
+                }
+            }
+        }
+    }
+
+    /// A fuzz target over index and headers together, for one second: nothing panics, and what opens is sound.
+    #[test]
+    fn fuzzed_directories() {
+        let dir = std::env::temp_dir().join(format!("abjure-fuzz-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let header = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1,2],"data_offsets":[4,12]}}"#;
+        let sound = [
+            br#"{"metadata":{"total_size":16},"weight_map":{"a":"x.safetensors","b":"x.safetensors","c":"y.safetensors"}}"#.to_vec(),
+            file_of(header, 12),
+            file_of(r#"{"c":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#, 4),
+        ];
+        let names = [
+            "model.safetensors.index.json",
+            "x.safetensors",
+            "y.safetensors",
+        ];
+        let mut random = Random::new(7);
+        let (mut opened, mut refused) = (0, 0);
+        let end = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < end {
+            let mut files = sound.clone();
+            for _ in 0..random.below(3) {
+                let which = random.below(3);
+                mutate(&mut random, &mut files[which]);
+            }
+            for (name, bytes) in names.iter().zip(&files) {
+                std::fs::write(dir.join(name), bytes).unwrap();
+            }
+            let Ok(found) = open(&dir) else {
+                refused += 1;
+                continue;
+            };
+            opened += 1;
+            assert!(found.index.is_some());
+            for shard in &found.shards {
+                let len = std::fs::metadata(dir.join(&shard.name)).unwrap().len();
+                sound_header(&shard.header, len);
+            }
+            let mut seen = std::collections::HashSet::new();
+            let tensors = found.shards.iter().flat_map(|s| &s.header.tensors);
+            assert!(tensors.into_iter().all(|t| seen.insert(&t.name)));
+        }
+        assert!(opened > 10 && refused > 10, "{opened} {refused}");
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -5,19 +5,21 @@
 //! page cache a read costs one copy of bytes that the hash has to fetch anyway. Nothing here needs `unsafe`.
 
 mod files;
+mod hash;
 mod header;
 mod index;
 mod journal;
 mod patch;
 mod stages;
 mod stream;
+mod writer;
 
 pub use files::{Named, sha256_of};
 pub use header::{Header, MAX_HEADER, TensorInfo, parse_header, read_header};
 pub use index::{Checkpoint, Shard, open, parse_index};
 pub use journal::{rollback, save};
 pub use patch::PatchReader;
-pub use stages::{Importance, Spec};
+pub use stages::{Importance, Part, Spec};
 pub use stream::{Options, ShardJob, run};
 
 const _: () = assert!(

@@ -2,14 +2,16 @@
 //!
 //! Of most edits the inverse is known up to rounding (an ablation subtracted a product of known factors), so the factors
 //! are kept, and what the inverse gets wrong: the exclusive or of its result with the old bytes, which is zero nearly
-//! everywhere. It is kept by tile, low and high bytes of the elements apart, compressed (zstd: almost all of it is runs of
-//! zeros, and where it is not, one bit in eight carries information, which needs an entropy coder).
+//! everywhere. It is kept by tile: a bit for every element that is wrong, then the exclusive ors of those, low and high
+//! bytes apart; of all elements, without the bits, where many are wrong. Then it is compressed (zstd: a byte carries about a
+//! bit of information, which needs an entropy coder).
 
 use super::files::Named;
 use super::header::{Header, parse_header};
-use super::stages::{Editable, Grid, Held, Inverse, RowInverse};
+use super::stages::{Editable, Grid, Held, Inverse, Part, RowInverse};
 use crate::linalg::Orthonormal;
 use crate::refuse::directions::Factors;
+use crate::simd::{Kernel, dispatch, top_bits};
 use crate::{Error, Result};
 use bytemuck::Pod;
 use serde_json::{Value, json};
@@ -18,9 +20,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-const MAGIC: &[u8; 8] = b"ABJUNDO1";
+const MAGIC: &[u8; 8] = b"ABJUNDO2";
 const TRAILER: usize = 8 + 32 + 8;
 const LEVEL: i32 = 1;
+/// Where more than one in so many elements is wrong, their places are not kept.
+const SPARSE: usize = 8;
 
 #[derive(Default)]
 struct State {
@@ -90,21 +94,73 @@ impl PatchWriter {
                 json!({"kind": "rows", "q": self.basis(&r.q)?, "scale": r.scale.to_bits(),
                 "coefficients": self.numbers(&r.coefficients)?, "stretched": self.numbers(&r.stretched)?}),
             ),
-            Inverse::Scale(factor) => Ok(json!({"kind": "scale", "factor": factor.to_bits()})),
+            Inverse::Scale(factor, part) => {
+                let part = part.map(|p| [p.cycle, p.from, p.to]);
+                Ok(json!({"kind": "scale", "factor": factor.to_bits(), "part": part}))
+            }
             Inverse::Unknown => Ok(json!({"kind": "unknown"})),
         };
         inverses.iter().map(one).collect()
     }
 
-    /// Keeps what a guess got wrong; `None` where it was right.
-    pub fn tile(&self, wrong: &[u8], element: usize) -> Result<Option<(u64, usize)>> {
-        if wrong.iter().all(|b| *b == 0) {
-            return Ok(None);
+    pub fn packer(&self) -> Result<Packer> {
+        let zstd = zstd::bulk::Compressor::new(LEVEL).map_err(|e| self.failed(&e))?;
+        Ok(Packer {
+            zstd,
+            places: Vec::new(),
+            plain: Vec::new(),
+            packed: Vec::new(),
+        })
+    }
+
+    fn failed(&self, err: &std::io::Error) -> Error {
+        Error::checkpoint(&self.file.path, format!("compression failed ({err})"))
+    }
+
+    /// Keeps what a guess got wrong: where, how many bytes and how many elements of how many; null where it was right.
+    pub fn tile(
+        &self,
+        packer: &mut Packer,
+        guess: &[u8],
+        right: &[u8],
+        element: usize,
+    ) -> Result<Value> {
+        let Packer {
+            zstd,
+            places,
+            plain,
+            packed,
+        } = packer;
+        places.clear();
+        plain.clear();
+        dispatch(Compare {
+            guess,
+            right,
+            element,
+            places,
+            bits: plain,
+        });
+        let count = right.len() / element;
+        if places.is_empty() {
+            return Ok(Value::Null);
         }
-        let planes = split(wrong, element);
-        let packed = zstd::bulk::compress(&planes, LEVEL)
-            .map_err(|e| Error::checkpoint(&self.file.path, format!("compression failed ({e})")))?;
-        self.append(&packed).map(Some)
+        if places.len() > count / SPARSE {
+            plain.clear();
+            places.clear();
+            places.extend(0..count as u32);
+        }
+        for k in 0..element {
+            plain.extend(places.iter().map(|at| {
+                let at = *at as usize * element + k;
+                guess[at] ^ right[at]
+            }));
+        }
+        packed.resize(zstd::zstd_safe::compress_bound(plain.len()), 0);
+        let len = zstd
+            .compress_to_buffer(plain, packed)
+            .map_err(|e| self.failed(&e))?;
+        let (at, len) = self.append(&packed[..len])?;
+        Ok(json!([at, len, places.len()]))
     }
 
     /// Keeps the directory entry of tensor `index`.
@@ -128,23 +184,53 @@ impl PatchWriter {
     }
 }
 
-/// The n-th bytes of all elements together.
-fn split(bytes: &[u8], element: usize) -> Vec<u8> {
-    let n = bytes.len() / element;
-    let mut out = vec![0; bytes.len()];
-    for (k, plane) in out.chunks_exact_mut(n.max(1)).enumerate() {
-        for (to, from) in plane.iter_mut().zip(bytes[k..].iter().step_by(element)) {
-            *to = *from;
-        }
-    }
-    out
+/// What one thread compresses with.
+pub struct Packer {
+    zstd: zstd::bulk::Compressor<'static>,
+    places: Vec<u32>,
+    plain: Vec<u8>,
+    packed: Vec<u8>,
 }
 
-fn join(planes: &[u8], element: usize, out: &mut [u8]) {
-    let n = planes.len() / element;
-    for (k, plane) in planes.chunks_exact(n.max(1)).enumerate() {
-        for (to, from) in out[k..].iter_mut().step_by(element).zip(plane) {
-            *to = *from;
+/// Which elements differ: their places, and a bit for every element.
+struct Compare<'a> {
+    guess: &'a [u8],
+    right: &'a [u8],
+    element: usize,
+    places: &'a mut Vec<u32>,
+    bits: &'a mut Vec<u8>,
+}
+
+impl Kernel for Compare<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        match self.element {
+            2 => self.of(u16::from_le_bytes),
+            4 => self.of(u32::from_le_bytes),
+            8 => self.of(u64::from_le_bytes),
+            _ => self.of(u8::from_le_bytes),
+        }
+    }
+}
+
+impl Compare<'_> {
+    #[inline(always)]
+    fn of<const N: usize, I: Eq>(self, number: impl Fn([u8; N]) -> I) {
+        let (guess, right) = (self.guess.as_chunks::<N>().0, self.right.as_chunks::<N>().0);
+        for (block, (guess, right)) in guess.chunks(64).zip(right.chunks(64)).enumerate() {
+            let mut differ = [0; 64];
+            for ((d, g), r) in differ.iter_mut().zip(guess).zip(right) {
+                *d = u8::from(number(*g) != number(*r)) << 7;
+            }
+            let mut left = top_bits(&differ);
+            let bytes = left.to_le_bytes();
+            self.bits
+                .extend_from_slice(&bytes[..right.len().div_ceil(8)]);
+            while left != 0 {
+                self.places.push(block as u32 * 64 + left.trailing_zeros());
+                left &= left - 1;
+            }
         }
     }
 }
@@ -295,7 +381,15 @@ impl PatchReader {
                     }
                     Inverse::Rows(Held::Owned(r))
                 }
-                Some("scale") => Inverse::Scale(float(&v["factor"])?),
+                Some("scale") => {
+                    let part: Option<[usize; 3]> = serde_json::from_value(v["part"].clone())
+                        .map_err(|_| self.bad("a part of another form"))?;
+                    let part = part.map(|[cycle, from, to]| Part { cycle, from, to });
+                    if part.is_some_and(|p| p.from >= p.to || p.to > p.cycle) {
+                        return Err(self.bad("a part of nothing"));
+                    }
+                    Inverse::Scale(float(&v["factor"])?, part)
+                }
                 Some("unknown") => Inverse::Unknown,
                 _ => return Err(self.bad("an unknown kind of edit")),
             })
@@ -309,16 +403,31 @@ impl PatchReader {
         if value.is_null() {
             return Ok(());
         }
-        let found = place(value).ok_or_else(|| self.bad("no place"))?;
-        let packed = self.bytes(found)?;
-        let planes =
-            zstd::bulk::decompress(&packed, tile.len()).map_err(|_| self.bad("a damaged tile"))?;
-        if planes.len() != tile.len() {
+        let parsed: Option<(u64, usize, usize)> = serde_json::from_value(value.clone()).ok();
+        let (at, len, wrong) = parsed.ok_or_else(|| self.bad("no place"))?;
+        let count = tile.len() / element;
+        if wrong > count {
             return Err(self.bad("a tile of another size"));
         }
-        let mut wrong = vec![0; tile.len()];
-        join(&planes, element, &mut wrong);
-        tile.iter_mut().zip(&wrong).for_each(|(t, w)| *t ^= w);
+        let packed = self.bytes((at, len))?;
+        let bits = if wrong == count { 0 } else { count.div_ceil(8) };
+        let size = bits + wrong * element;
+        let plain =
+            zstd::bulk::decompress(&packed, size).map_err(|_| self.bad("a damaged tile"))?;
+        if plain.len() != size {
+            return Err(self.bad("a tile of another size"));
+        }
+        let (bits, planes) = plain.split_at(bits);
+        let differs = |i: &usize| bits.is_empty() || bits[i / 8] >> (i % 8) & 1 == 1;
+        let places: Vec<usize> = (0..count).filter(differs).collect();
+        if places.len() != wrong {
+            return Err(self.bad("a damaged tile"));
+        }
+        for (k, plane) in planes.chunks_exact(wrong.max(1)).enumerate() {
+            for (at, byte) in places.iter().zip(plane) {
+                tile[at * element + k] ^= byte;
+            }
+        }
         Ok(())
     }
 }
@@ -334,15 +443,53 @@ fn place(value: &Value) -> Option<(u64, usize)> {
 mod tests {
     use super::*;
 
+    /// Tiles of every element size and length, right, wrong here and there, and wrong everywhere.
     #[test]
-    fn planes() {
-        let bytes: Vec<u8> = (0..12).collect();
-        for element in [1, 2, 4] {
-            let planes = split(&bytes, element);
-            let mut back = vec![0; 12];
-            join(&planes, element, &mut back);
-            assert_eq!(back, bytes);
+    fn tiles_come_back() {
+        let dir = std::env::temp_dir().join(format!("abjure-patch-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let raw = super::super::header::tests::file_of("{}", 0);
+        let old = parse_header(Path::new("x"), &raw, raw.len() as u64).unwrap();
+        let mut random = crate::random::Random::new(3);
+        for element in [1, 2, 4, 8] {
+            let path = dir.join(format!("{element}"));
+            let writer = PatchWriter::create(&path, &old).unwrap();
+            let mut packer = writer.packer().unwrap();
+            let mut kept = Vec::new();
+            for count in [1, 7, 63, 64, 65, 1000] {
+                for rate in [0, 1, 30, 256] {
+                    let len = count * element;
+                    let right: Vec<u8> = (0..len).map(|_| random.bits() as u8).collect();
+                    let mut guess = right.clone();
+                    for byte in &mut guess {
+                        if random.below(256) < rate {
+                            *byte ^= 1 + random.below(255) as u8;
+                        }
+                    }
+                    let entry = writer.tile(&mut packer, &guess, &right, element).unwrap();
+                    assert_eq!(entry.is_null(), guess == right);
+                    kept.push((entry, guess, right));
+                }
+            }
+            writer.finish(&old).unwrap();
+            let reader = PatchReader::open(&path).unwrap();
+            for (entry, mut guess, right) in kept {
+                reader.correct(&entry, element, &mut guess).unwrap();
+                assert!(guess == right);
+                if !entry.is_null() {
+                    let mut short = vec![0; right.len() + 64 * element];
+                    assert!(reader.correct(&entry, element, &mut short).is_err());
+                }
+            }
+            for bad in [
+                json!([0, 1]),
+                json!([1 << 40, 8, 1]),
+                json!([0, 8, 1]),
+                json!(7),
+            ] {
+                assert!(reader.correct(&bad, element, &mut [0; 64]).is_err());
+            }
         }
-        assert_eq!(split(&bytes, 4)[..3], [0, 4, 8]);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

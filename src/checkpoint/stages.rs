@@ -12,6 +12,7 @@ use crate::view::{Rows, RowsMut};
 use crate::{Error, Result, with_dtype};
 use bytemuck::Pod;
 use serde_json::{Value, json};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -75,6 +76,60 @@ impl Importance {
     }
 }
 
+/// A part of a tensor that several were fused into: of every `cycle` elements, in contiguous order, those from `from` to
+/// before `to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    pub cycle: usize,
+    pub from: usize,
+    pub to: usize,
+}
+
+impl Part {
+    /// What of the `len` elements from `first` on belongs to it, counted from `first`.
+    fn runs(self, first: usize, len: usize) -> impl Iterator<Item = Range<usize>> {
+        let (end, mut base) = (first + len, first / self.cycle * self.cycle);
+        std::iter::from_fn(move || {
+            while base < end {
+                let run = (base + self.from).max(first)..(base + self.to).min(end);
+                base += self.cycle;
+                if run.start < run.end {
+                    return Some(run.start - first..run.end - first);
+                }
+            }
+            None
+        })
+    }
+
+    fn check(self, count: usize, width: usize) -> Result<()> {
+        let whole = [self.cycle, self.from, self.to]
+            .iter()
+            .all(|n| n.is_multiple_of(width));
+        if self.from >= self.to
+            || self.to > self.cycle
+            || !count.is_multiple_of(self.cycle)
+            || !whole
+        {
+            let expected = format!("a part of {count} elements, in rows of {width}");
+            return Err(Error::value("part", expected, format!("{self:?}")));
+        }
+        Ok(())
+    }
+}
+
+/// The parts of a tile that are edited: all of it where there is no part.
+fn runs(part: Option<Part>, first: usize, len: usize) -> impl Iterator<Item = Range<usize>> {
+    let all = Part {
+        cycle: usize::MAX,
+        from: 0,
+        to: usize::MAX,
+    };
+    match part {
+        Some(part) => part.runs(first, len),
+        None => all.runs(0, len),
+    }
+}
+
 /// One edit of one tensor.
 #[derive(Debug, Clone)]
 pub enum Spec {
@@ -84,8 +139,13 @@ pub enum Spec {
         q: Arc<Orthonormal>,
         scale: f64,
         keep: NormPreserving,
+        /// Whole rows along the last axis.
+        part: Option<Part>,
     },
-    Scale(f64),
+    Scale {
+        factor: f64,
+        part: Option<Part>,
+    },
     Dampen {
         forget: Importance,
         retain: Importance,
@@ -105,11 +165,20 @@ impl Grid {
     /// How a tensor of this shape is cut for these edits; checks that they fit it.
     pub fn new(shape: &[u64], specs: &[Spec]) -> Result<Self> {
         let dims: Vec<usize> = shape.iter().map(|d| *d as usize).collect();
+        let count = dims.iter().product();
+        for spec in specs {
+            if let Spec::Scale {
+                part: Some(part), ..
+            } = spec
+            {
+                part.check(count, 1)?;
+            }
+        }
         let ablates = specs.iter().any(|s| matches!(s, Spec::Ablate { .. }));
         if !ablates {
             return Ok(Self {
                 matrices: 1,
-                rows: dims.iter().product(),
+                rows: count,
                 width: 1,
             });
         }
@@ -124,9 +193,20 @@ impl Grid {
         };
         for spec in specs {
             if let Spec::Ablate {
-                last_axis, q, keep, ..
+                last_axis,
+                q,
+                keep,
+                part,
+                ..
             } = spec
             {
+                if let Some(part) = part {
+                    part.check(count, width)?;
+                    if !*last_axis {
+                        let expected = "None where the residual axis is not the last";
+                        return Err(Error::value("part", expected, format!("{part:?}")));
+                    }
+                }
                 let along = if *last_axis { width } else { rows };
                 if along != q.width {
                     let found = format!("{along} in {shape:?}");
@@ -206,7 +286,7 @@ impl Done {
                 after: 0.0,
                 unrestored: 0,
             },
-            Spec::Scale(factor) => Self::Scaled(*factor),
+            Spec::Scale { factor, .. } => Self::Scaled(*factor),
             Spec::Dampen { .. } => Self::Dampened(Selection::default()),
         }
     }
@@ -247,12 +327,13 @@ impl Done {
 enum Stage<T: Editable> {
     Columns(Box<ByTile<T::Acc>>),
     Rows(Box<RowStage<T::Acc>>),
-    Scale(f64),
+    Scale(f64, Option<Part>),
     Dampen(Importance, Importance, RuleSpec),
 }
 
 struct RowStage<A> {
     edit: Edit,
+    part: Option<Part>,
     keep: bool,
     inverse: RowInverse<A>,
     before: f64,
@@ -264,7 +345,7 @@ struct RowStage<A> {
 pub struct RowInverse<A> {
     pub q: Arc<Orthonormal>,
     pub scale: f64,
-    /// `rows × rank`.
+    /// `rows × rank`; zero for rows that are not edited.
     pub coefficients: Vec<A>,
     /// What every row was divided by where lengths were kept, else empty.
     pub stretched: Vec<A>,
@@ -312,12 +393,20 @@ impl<'s, T: Editable> Chain<'s, T> {
                 q,
                 scale,
                 keep,
+                ..
             } => Stage::Columns(Box::new(ByTile::new(q.clone(), width, *scale, *keep))),
-            Spec::Ablate { q, scale, keep, .. } => {
+            Spec::Ablate {
+                q,
+                scale,
+                keep,
+                part,
+                ..
+            } => {
                 let keep = *keep == NormPreserving::In;
                 let edit = Edit::new(width).along(q.rows.clone());
                 Stage::Rows(Box::new(RowStage {
                     edit: edit.scaled(*scale).keeping_norm(keep),
+                    part: *part,
                     keep,
                     inverse: RowInverse {
                         q: q.clone(),
@@ -330,7 +419,7 @@ impl<'s, T: Editable> Chain<'s, T> {
                     unrestored: 0,
                 }))
             }
-            Spec::Scale(factor) => Stage::Scale(*factor),
+            Spec::Scale { factor, part } => Stage::Scale(*factor, *part),
             Spec::Dampen {
                 forget,
                 retain,
@@ -397,12 +486,19 @@ impl<'s, T: Editable> Chain<'s, T> {
             }
             Stage::Rows(stage) => {
                 check(&Rows::matrix(tile, width), at, grid)?;
+                let first = at.element(grid);
                 if last {
-                    return stage.edit_recorded(tile, width);
+                    return stage.edit_recorded(tile, width, first);
                 }
-                stage.edit.apply(RowsMut::matrix(tile, width))?;
+                for run in runs(stage.part, first, tile.len()) {
+                    stage.edit.apply(RowsMut::matrix(&mut tile[run], width))?;
+                }
             }
-            Stage::Scale(factor) => dispatch(Multiply(tile, T::Acc::from_f64(*factor))),
+            Stage::Scale(factor, part) => {
+                for run in runs(*part, at.element(grid), tile.len()) {
+                    dispatch(Multiply(&mut tile[run], T::Acc::from_f64(*factor)));
+                }
+            }
             Stage::Dampen(forget, retain, rule) => {
                 let found = dampened(tile, forget, retain, rule, at.element(grid))?;
                 if let (Done::Dampened(total), true) = (&mut self.done[k], last) {
@@ -435,7 +531,7 @@ impl<'s, T: Editable> Chain<'s, T> {
                 (self.factors[k].clone()).map_or(Inverse::Unknown, Inverse::Columns)
             }
             Stage::Rows(s) => Inverse::Rows(Held::Borrowed(&s.inverse)),
-            Stage::Scale(factor) => Inverse::Scale(*factor),
+            Stage::Scale(factor, part) => Inverse::Scale(*factor, *part),
             Stage::Dampen(..) => Inverse::Unknown,
         };
         self.stages.iter().enumerate().map(inverse).collect()
@@ -454,12 +550,37 @@ fn check<T: Editable>(rows: &Rows<'_, T>, at: At, grid: Grid) -> Result<()> {
 }
 
 impl<A: Arithmetic> RowStage<A> {
-    fn edit_recorded<T: Element<Acc = A>>(&mut self, tile: &mut [T], width: usize) -> Result<()> {
+    /// Edits the rows of a tile whose first element is the `first` of the tensor.
+    fn edit_recorded<T: Element<Acc = A>>(
+        &mut self,
+        tile: &mut [T],
+        width: usize,
+        first: usize,
+    ) -> Result<()> {
         let (rows, rank) = (tile.len() / width.max(1), self.edit.rank());
         let inverse = &mut self.inverse;
-        let start = inverse.coefficients.len();
-        inverse.coefficients.resize(start + rows * rank, A::ZERO);
-        let found = &mut inverse.coefficients[start..];
+        let start = inverse.coefficients.len() / rank.max(1);
+        (inverse.coefficients).resize((start + rows) * rank, A::ZERO);
+        if self.keep {
+            inverse.stretched.resize(start + rows, A::ONE);
+        }
+        for run in runs(self.part, first, tile.len()) {
+            let row = start + run.start / width;
+            self.edit_run(&mut tile[run], width, row)?;
+        }
+        Ok(())
+    }
+
+    /// Edits rows whose inverse begins at `row`.
+    fn edit_run<T: Element<Acc = A>>(
+        &mut self,
+        tile: &mut [T],
+        width: usize,
+        row: usize,
+    ) -> Result<()> {
+        let (rows, rank) = (tile.len() / width, self.edit.rank());
+        let inverse = &mut self.inverse;
+        let found = &mut inverse.coefficients[row * rank..(row + rows) * rank];
         self.edit.coefficients(&Rows::matrix(tile, width), found)?;
         self.before += squares(found);
         let old: Vec<f64> = if self.keep {
@@ -470,10 +591,13 @@ impl<A: Arithmetic> RowStage<A> {
             Vec::new()
         };
         let gone = inverse.scale * (2.0 - inverse.scale);
-        for (old, c) in old.iter().zip(found.chunks_exact(rank.max(1))) {
+        let stretched = inverse.stretched.iter_mut().skip(row);
+        for ((old, c), stretched) in
+            (old.iter().zip(found.chunks_exact(rank.max(1)))).zip(stretched)
+        {
             let left = (old - gone * squares(c)).max(0.0);
             let factor = if *old > 0.0 { (left / old).sqrt() } else { 1.0 };
-            inverse.stretched.push(A::from_f64(factor));
+            *stretched = A::from_f64(factor);
         }
         self.edit.apply(RowsMut::matrix(tile, width))?;
         let mut after = vec![A::ZERO; rows * rank];
@@ -577,7 +701,7 @@ impl<V> std::ops::Deref for Held<'_, V> {
 pub enum Inverse<'a, A> {
     Columns(Arc<Factors<A>>),
     Rows(Held<'a, RowInverse<A>>),
-    Scale(f64),
+    Scale(f64, Option<Part>),
     /// Nothing is known: the edited tile itself is the best guess.
     Unknown,
 }
@@ -593,10 +717,13 @@ impl<A: Arithmetic> Inverse<'_, A> {
                 width,
                 tile,
             }),
-            Self::Scale(factor) if *factor != 0.0 => {
-                dispatch(Divide(tile, A::from_f64(*factor)));
+            Self::Scale(factor, part) if *factor != 0.0 => {
+                // Parts repeat with every matrix.
+                for run in runs(*part, row * width, tile.len()) {
+                    dispatch(Divide(&mut tile[run], A::from_f64(*factor)));
+                }
             }
-            Self::Scale(_) | Self::Unknown => {}
+            Self::Scale(..) | Self::Unknown => {}
         }
     }
 }
@@ -665,4 +792,75 @@ pub fn least_memory(tensor: &TensorInfo, specs: &[Spec]) -> Result<usize> {
     let grid = Grid::new(&tensor.shape, specs)?;
     let tile = grid.tile_rows(dtype.size(), specs, 0) * grid.width * dtype.size();
     Ok(6 * tile + grid.scratch(specs) + with_dtype!(dtype, T => size_of::<T>()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_a_part_are_those_elements() {
+        for (cycle, from, to) in [(12, 0, 12), (12, 4, 8), (6, 5, 6), (2, 1, 2), (3, 0, 2)] {
+            let part = Part { cycle, from, to };
+            for first in 0..25 {
+                for len in 0..25 {
+                    let mut found = vec![false; len];
+                    for run in runs(Some(part), first, len) {
+                        found[run].fill(true);
+                    }
+                    let expected: Vec<bool> = (first..first + len)
+                        .map(|i| (from..to).contains(&(i % cycle)))
+                        .collect();
+                    assert_eq!(found, expected, "{part:?} of {len} from {first}");
+                }
+            }
+        }
+        assert_eq!(runs(None, 7, 5).next(), Some(0..5));
+        assert_eq!(runs(None, 7, 5).count(), 1);
+        assert_eq!(runs(None, 7, 0).count(), 0);
+    }
+
+    #[test]
+    fn parts_that_do_not_fit() {
+        let part = |cycle, from, to| {
+            let factor = 2.0;
+            let part = Some(Part { cycle, from, to });
+            Grid::new(&[4, 6], &[Spec::Scale { factor, part }])
+        };
+        assert!(part(12, 6, 12).is_ok());
+        for bad in [
+            part(12, 6, 6),
+            part(12, 6, 13),
+            part(9, 0, 3),
+            part(0, 0, 0),
+        ] {
+            assert!(bad.is_err());
+        }
+        let ablate = |last_axis, from| {
+            let q = Orthonormal {
+                width: if last_axis { 6 } else { 4 },
+                rank: 1,
+                rows: vec![1.0; if last_axis { 6 } else { 4 }],
+            };
+            let (q, scale, keep) = (Arc::new(q), 1.0, NormPreserving::No);
+            let part = Some(Part {
+                cycle: 12,
+                from,
+                to: 12,
+            });
+            Grid::new(
+                &[4, 6],
+                &[Spec::Ablate {
+                    last_axis,
+                    q,
+                    scale,
+                    keep,
+                    part,
+                }],
+            )
+        };
+        assert!(ablate(true, 6).is_ok());
+        assert!(ablate(true, 5).is_err());
+        assert!(ablate(false, 6).is_err());
+    }
 }

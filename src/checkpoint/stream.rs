@@ -1,29 +1,32 @@
 //! Shards through memory of a bounded size: read, edit, hash, write, keep what undoes it.
 //!
 //! One thread takes a tensor from its first tile to its last, since a hash is sequential; the kernels stay on that thread.
-//! Each thread takes shards of its own as long as there are any (writers of one file wait for each other inside the system,
-//! and spin), then helps with the others'. The thread that ends the last tensor of a shard brings the shard to the storage
-//! device and gives it its name.
+//! Two tensors that are only copied are taken together, since their hashes cost little more than one does. Each thread
+//! takes shards of its own as long as there are any, then helps with the others'; what it has done is written by threads
+//! of [`super::writer`]. The thread that ends the last tensor of a shard brings the shard to the storage device and gives
+//! it its name.
 
-use super::files::{BLOCK, Named, hex, writing};
+use super::files::{BLOCK, Named, writing};
+use super::hash::Sha256;
 use super::header::{Header, TensorInfo, header_of};
 use super::patch::{PatchReader, PatchWriter};
 use super::stages::{At, Chain, Editable, Grid, Spec, expect_editable, least_memory};
+use super::writer::{Output, Sink, Writers};
 use crate::cancel::Cancel;
-use crate::element::DType;
 use crate::{Error, Result, par, with_dtype};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Largest tile: what several of still fit the caches next to each other.
-const TILE: usize = 1 << 20;
+/// Largest tile, and read of a copy: what several of still fit the caches next to each other.
+const TILE: usize = 1 << 18;
 /// Buffers of the size of a tile that an edit holds at once.
 const BUFFERS: usize = 6;
+/// Buffers for writing that each thread has: it fills two at most, the others are on their way.
+const BLOCKS: usize = 4;
 
 /// What is to be done with one shard.
 #[derive(Debug, Clone, Default)]
@@ -60,7 +63,6 @@ enum Kind<'a> {
 
 /// One tensor of one shard.
 struct Task<'a> {
-    shard: usize,
     index: usize,
     tensor: TensorInfo,
     /// First byte in the result.
@@ -70,14 +72,20 @@ struct Task<'a> {
     kind: Kind<'a>,
 }
 
+/// What a thread takes: a tensor, or two that are copied and hashed.
+struct Unit<'a> {
+    shard: usize,
+    tasks: Vec<Task<'a>>,
+}
+
 /// A shard at work.
 struct Open {
     source: Named,
-    out: Option<Named>,
+    out: Option<Arc<Output>>,
     /// The blocks of the source are already there.
     shared: bool,
     patch: Option<PatchWriter>,
-    /// Taken to write: waiting for it costs nothing, waiting inside the system a processor.
+    /// Taken to write in place: waiting for it costs nothing, waiting inside the system a processor.
     writing: Mutex<()>,
 }
 
@@ -109,32 +117,37 @@ fn temporary(path: &Path) -> PathBuf {
 /// that are not complete do not have their names then.
 pub fn run(jobs: &[ShardJob], options: &Options, cancel: &Cancel) -> Result<Vec<Value>> {
     let mut shards = Vec::new();
-    let mut tasks = Vec::new();
+    let mut units = Vec::new();
     for (k, job) in jobs.iter().enumerate() {
         let shard = prepare(job)?;
-        let list = tasks_of(k, &shard, job)?;
+        let list = tasks_of(&shard, job)?;
         shard.left.store(list.len(), SeqCst);
         *lock(&shard.records) = vec![None; list.len()];
-        tasks.extend(list);
+        units.extend(units_of(k, list, options.hash_all));
         shards.push(shard);
     }
     let mut least = BLOCK;
-    for task in &tasks {
+    for task in units.iter().flat_map(|u| &u.tasks) {
         if let Kind::Edit(specs) = task.kind {
             least = least.max(least_memory(&task.tensor, specs)?);
         }
     }
     let workers = par::num_threads()
         .min(options.memory / least)
-        .min(tasks.len().max(1));
+        .min(units.len().max(1));
     if workers == 0 {
         let expected = format!("{least} bytes or more for these tensors");
         return Err(Error::value("memory", expected, options.memory));
     }
     let tile = (options.memory / workers / (2 * BUFFERS)).clamp(1, TILE);
-    // Where the tasks of each shard begin; a cursor for each shard, and one over the shards.
+    let writes = jobs.iter().any(|j| j.dest.is_some());
+    let writers = Writers::new(
+        if writes { workers * BLOCKS } else { 0 },
+        (options.memory / workers / (4 * BLOCKS)).min(BLOCK),
+    );
+    // Where the units of each shard begin; a cursor for each shard, and one over the shards.
     let starts: Vec<usize> = (0..=shards.len())
-        .map(|k| tasks.partition_point(|t| t.shard < k))
+        .map(|k| units.partition_point(|u| u.shard < k))
         .collect();
     let cursors: Vec<AtomicUsize> = starts.iter().map(|s| AtomicUsize::new(*s)).collect();
     let (fresh, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -153,12 +166,19 @@ pub fn run(jobs: &[ShardJob], options: &Options, cancel: &Cancel) -> Result<Vec<
             if at >= starts[k + 1] {
                 return;
             }
-            let (task, shard) = (&tasks[at], &shards[k]);
+            let (unit, shard) = (&units[at], &shards[k]);
             let done = shard.begin().and_then(|open| {
-                one(task, shard, &open, tile, options, cancel)
-                    .map_err(|e| named(&task.tensor.name, e))
+                let work = Work {
+                    shard,
+                    open,
+                    writers: &writers,
+                    tile,
+                    hash_all: options.hash_all,
+                    cancel,
+                };
+                work.unit(unit)
             });
-            match done.and_then(|record| shard.end(task.index, record)) {
+            match done.and_then(|records| shard.end(&unit.tasks, records)) {
                 Ok(Some(record)) => lock(&finished)[k] = Some(record),
                 Ok(None) => {}
                 Err(err) => fail(at, err),
@@ -177,11 +197,17 @@ pub fn run(jobs: &[ShardJob], options: &Options, cancel: &Cancel) -> Result<Vec<
             (0..shards.len()).for_each(drain);
         });
     };
-    std::thread::scope(|scope| {
-        for _ in 1..workers {
-            scope.spawn(work);
+    std::thread::scope(|outer| {
+        if writes {
+            (0..workers).for_each(|_| drop(outer.spawn(|| writers.run())));
         }
-        work();
+        let _end = Closing(&writers);
+        std::thread::scope(|scope| {
+            for _ in 1..workers {
+                scope.spawn(work);
+            }
+            work();
+        });
     });
     if let Some((_, err)) = lock(&error).take() {
         return Err(err);
@@ -194,6 +220,15 @@ pub fn run(jobs: &[ShardJob], options: &Options, cancel: &Cancel) -> Result<Vec<
         }
     }
     Ok(lock(&finished).drain(..).flatten().collect())
+}
+
+/// Ends the writing threads, also when a thread panics.
+struct Closing<'w>(&'w Writers);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 /// The error, with the name of the tensor it speaks of.
@@ -271,7 +306,7 @@ fn prepare(job: &ShardJob) -> Result<Shard<'_>> {
     })
 }
 
-fn tasks_of<'a>(k: usize, shard: &Shard<'_>, job: &'a ShardJob) -> Result<Vec<Task<'a>>> {
+fn tasks_of<'a>(shard: &Shard<'_>, job: &'a ShardJob) -> Result<Vec<Task<'a>>> {
     let mut by_name: HashMap<&str, &TensorInfo> = HashMap::new();
     by_name.extend(shard.out_header.tensors.iter().map(|t| (&t.name[..], t)));
     let copies: HashMap<&str, &str> = job
@@ -303,7 +338,6 @@ fn tasks_of<'a>(k: usize, shard: &Shard<'_>, job: &'a ShardJob) -> Result<Vec<Ta
             _ => Kind::Copy,
         };
         out.push(Task {
-            shard: k,
             index: out.len(),
             tensor: tensor.clone(),
             to: to.begin,
@@ -318,6 +352,23 @@ fn tasks_of<'a>(k: usize, shard: &Shard<'_>, job: &'a ShardJob) -> Result<Vec<Ta
         ));
     }
     Ok(out)
+}
+
+/// Edits one by one; then copies, those of like length together where they are hashed.
+fn units_of(shard: usize, tasks: Vec<Task<'_>>, hash_all: bool) -> Vec<Unit<'_>> {
+    let (mut copies, edits): (Vec<_>, Vec<_>) = tasks
+        .into_iter()
+        .partition(|t| matches!(t.kind, Kind::Copy) && hash_all);
+    copies.sort_by_key(|t| std::cmp::Reverse(t.tensor.bytes()));
+    let mut out: Vec<Unit<'_>> = (edits.into_iter().map(|t| vec![t]))
+        .map(|tasks| Unit { shard, tasks })
+        .collect();
+    let mut copies = copies.into_iter();
+    while let Some(first) = copies.next() {
+        let tasks = std::iter::once(first).chain(copies.next()).collect();
+        out.push(Unit { shard, tasks });
+    }
+    out
 }
 
 impl Shard<'_> {
@@ -341,13 +392,13 @@ impl Shard<'_> {
         };
         let (mut out, mut shared) = (None, false);
         if let Some(dest) = &self.job.dest {
-            let file = Named::create(&fresh(dest)?)?;
+            let mut file = Named::create(&fresh(dest)?)?;
             shared = self.out_header == self.header && file.share_blocks_of(&source);
-            file.set_len(self.out_header.file_len())?;
             if !shared {
+                file.reserve(self.out_header.file_len())?;
                 file.write_at(0, &self.out_header.raw)?;
             }
-            out = Some(file);
+            out = Some(Arc::new(Output::new(file)));
         }
         let patch = match &self.job.patch {
             Some(path) => Some(PatchWriter::create(&fresh(path)?, &self.header)?),
@@ -364,10 +415,14 @@ impl Shard<'_> {
         Ok(open)
     }
 
-    /// Takes the record of a tensor; after the last one, ends the shard.
-    fn end(&self, index: usize, record: Value) -> Result<Option<Value>> {
-        lock(&self.records)[index] = Some(record);
-        if self.left.fetch_sub(1, SeqCst) > 1 {
+    /// Takes the records of some tensors; after the last one, ends the shard.
+    fn end(&self, tasks: &[Task<'_>], records: Vec<Value>) -> Result<Option<Value>> {
+        let mut all = lock(&self.records);
+        for (task, record) in tasks.iter().zip(records) {
+            all[task.index] = Some(record);
+        }
+        drop(all);
+        if self.left.fetch_sub(tasks.len(), SeqCst) > tasks.len() {
             return Ok(None);
         }
         self.finish().map(Some)
@@ -381,16 +436,13 @@ impl Shard<'_> {
             rename(&temporary(path), path)?;
         }
         if let (Some(out), Some(dest)) = (&open.out, &self.job.dest) {
-            out.sync()?;
+            out.settle()?;
+            out.file.sync()?;
             rename(&temporary(dest), dest)?;
         } else if self.job.in_place {
             open.source.sync()?;
         }
         let tensors: serde_json::Map<String, Value> = (lock(&self.records).drain(..).flatten())
-            .flat_map(|r| match r {
-                Value::Array(pairs) => pairs,
-                other => vec![other],
-            })
             .filter_map(|mut r| Some((r["name"].take().as_str()?.to_owned(), r)))
             .collect();
         let record = json!({"header": self.out_header.sha256(), "bytes": self.out_header.file_len(),
@@ -412,50 +464,13 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).map_err(|e| writing(to, &e))
 }
 
-fn one(
-    task: &Task<'_>,
-    shard: &Shard<'_>,
-    open: &Open,
+/// What a thread needs to do its part of a shard.
+struct Work<'a> {
+    shard: &'a Shard<'a>,
+    open: Arc<Open>,
+    writers: &'a Writers,
     tile: usize,
-    options: &Options,
-    cancel: &Cancel,
-) -> Result<Value> {
-    let ctx = Context {
-        task,
-        open,
-        out: open
-            .out
-            .as_ref()
-            .or(shard.job.in_place.then_some(&open.source)),
-        in_place: shard.job.in_place,
-        tile,
-        cancel,
-    };
-    match &task.kind {
-        Kind::Copy => ctx.copy(options.hash_all),
-        Kind::Edit(specs) => match expect_editable(&task.tensor)? {
-            DType::F64 => ctx.edit::<f64>(specs),
-            DType::F32 => ctx.edit::<f32>(specs),
-            DType::F16 => ctx.edit::<half::f16>(specs),
-            DType::BF16 => ctx.edit::<half::bf16>(specs),
-        },
-        Kind::Undo => {
-            let undo = (shard.undo.as_ref()).and_then(|p| Some((p, p.tensor(&task.tensor.name)?)));
-            let Some((patch, entry)) = undo else {
-                return ctx.copy(options.hash_all);
-            };
-            let dtype = expect_editable(&task.tensor)?;
-            with_dtype!(dtype, T => ctx.undo::<T>(patch, entry))
-        }
-    }
-}
-
-struct Context<'a> {
-    task: &'a Task<'a>,
-    open: &'a Open,
-    out: Option<&'a Named>,
-    in_place: bool,
-    tile: usize,
+    hash_all: bool,
     cancel: &'a Cancel,
 }
 
@@ -467,38 +482,125 @@ fn cuts(grid: Grid, rows: usize) -> Vec<(usize, usize)> {
         .collect()
 }
 
-impl Context<'_> {
-    fn copy(&self, hash: bool) -> Result<Value> {
-        let (t, source) = (&self.task.tensor, &self.open.source);
-        let record = |hash: Option<String>| json!({"name": t.name, "before": hash, "after": hash});
-        let out = self.out.filter(|_| !self.in_place && !self.open.shared);
-        if !hash
-            && (out.is_none()
-                || (self.task.to == t.begin
-                    && out.is_some_and(|o| o.copy_range_of(source, t.begin, t.bytes()))))
-        {
-            self.cancel.advance(t.bytes());
-            return Ok(record(None));
+/// A tensor that is being copied.
+struct Lane<'w> {
+    begin: u64,
+    len: u64,
+    done: u64,
+    out: Option<Sink<'w>>,
+    /// Where pieces are read to that are not written.
+    buffer: Vec<u8>,
+}
+
+impl Lane<'_> {
+    /// Where the next piece comes to lie; nothing after the last one.
+    fn room(&mut self, piece: usize) -> &mut [u8] {
+        let left = self.len - self.done;
+        match &mut self.out {
+            _ if left == 0 => &mut [],
+            Some(out) => out.room(left, piece),
+            None => {
+                self.buffer.resize(left.min(piece as u64) as usize, 0);
+                &mut self.buffer
+            }
         }
-        let mut buffer = vec![0; BLOCK.min(t.bytes() as usize)];
-        let (mut done, mut digest) = (0, Sha256::new());
-        while done < t.bytes() {
+    }
+
+    fn filled(&mut self, len: usize) -> Result<()> {
+        self.done += len as u64;
+        match &mut self.out {
+            Some(out) if len > 0 => out.filled(len),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl<'a> Work<'a> {
+    fn unit(&self, unit: &Unit<'_>) -> Result<Vec<Value>> {
+        let [task] = &unit.tasks[..] else {
+            return self.copy(&unit.tasks);
+        };
+        let one = match &task.kind {
+            Kind::Copy => return self.copy(&unit.tasks),
+            Kind::Edit(specs) => expect_editable(&task.tensor)
+                .and_then(|dtype| with_dtype!(dtype, T => self.edit::<T>(task, specs))),
+            Kind::Undo => {
+                let undo = self.shard.undo.as_ref();
+                let Some((patch, entry)) =
+                    undo.and_then(|p| Some((p, p.tensor(&task.tensor.name)?)))
+                else {
+                    return self.copy(&unit.tasks);
+                };
+                expect_editable(&task.tensor)
+                    .and_then(|dtype| with_dtype!(dtype, T => self.undo::<T>(task, patch, entry)))
+            }
+        };
+        match one {
+            Ok(record) => Ok(vec![record]),
+            Err(err) => Err(named(&task.tensor.name, err)),
+        }
+    }
+
+    /// Where a range of the result is written from its begin to its end; none where only changes are written.
+    fn sink(&self, at: u64) -> Option<Sink<'a>> {
+        let out = self.open.out.as_ref().filter(|_| !self.open.shared)?;
+        Some(Sink::new(self.writers, out, at))
+    }
+
+    /// Copies tensors and hashes them, one or two together.
+    fn copy(&self, tasks: &[Task<'_>]) -> Result<Vec<Value>> {
+        let source = &self.open.source;
+        if let ([task], false) = (tasks, self.hash_all) {
+            let t = &task.tensor;
+            let within = |out: &Output| {
+                // What goes past the page cache does so as fast, and is on the storage device then.
+                task.to == t.begin
+                    && !out.file.is_direct()
+                    && out.file.copy_range_of(source, t.begin, t.bytes())
+            };
+            let out = self.open.out.as_ref().filter(|_| !self.open.shared);
+            if out.is_none_or(|o| within(o)) {
+                self.cancel.advance(t.bytes());
+                return Ok(vec![json!({"name": t.name, "before": null, "after": null})]);
+            }
+        }
+        let lane = |task: &Task<'_>| Lane {
+            begin: task.tensor.begin,
+            len: task.tensor.bytes(),
+            done: 0,
+            out: self.sink(task.to),
+            buffer: Vec::new(),
+        };
+        let mut lanes: Vec<Lane<'_>> = tasks.iter().map(lane).collect();
+        let mut hashes = vec![Sha256::new(); tasks.len()];
+        while lanes.iter().any(|l| l.done < l.len) {
             self.cancel.check()?;
-            // Writes that end where blocks of the file do are the ones that the system takes in large pieces.
-            let to_edge = BLOCK - ((self.task.to + done) % BLOCK as u64) as usize;
-            let part = to_edge.min((t.bytes() - done) as usize);
-            let part = &mut buffer[..part];
-            source.read_at(t.begin + done, part)?;
-            if hash {
-                digest.update(&*part);
+            let mut pieces = Vec::new();
+            for lane in &mut lanes {
+                let at = lane.begin + lane.done;
+                let room = lane.room(TILE);
+                source.read_at(at, room)?;
+                pieces.push(&*room);
             }
-            if let Some(out) = out {
-                self.put(out, self.task.to + done, part)?;
+            match (&mut hashes[..], &pieces[..]) {
+                _ if !self.hash_all => {}
+                ([a, b], [for_a, for_b]) => Sha256::update_both(a, for_a, b, for_b),
+                (all, _) => all.iter_mut().zip(&pieces).for_each(|(h, p)| h.update(p)),
             }
-            done += part.len() as u64;
-            self.cancel.advance(part.len() as u64);
+            let lens: Vec<usize> = pieces.iter().map(|p| p.len()).collect();
+            for (lane, len) in lanes.iter_mut().zip(lens) {
+                lane.filled(len)?;
+                self.cancel.advance(len as u64);
+            }
         }
-        Ok(record(hash.then(|| hex(&digest.finalize()))))
+        for out in lanes.iter_mut().filter_map(|l| l.out.as_mut()) {
+            out.flush()?;
+        }
+        let record = |(task, hash): (&Task<'_>, Sha256)| {
+            let hash = self.hash_all.then(|| hash.hex());
+            json!({"name": task.tensor.name, "before": hash, "after": hash})
+        };
+        Ok(tasks.iter().zip(hashes).map(record).collect())
     }
 
     fn put(&self, out: &Named, at: u64, bytes: &[u8]) -> Result<()> {
@@ -510,34 +612,33 @@ impl Context<'_> {
         (((at.matrix * grid.rows + at.row) * grid.width) * size_of::<T>()) as u64
     }
 
-    fn read<T: Editable>(&self, grid: Grid, at: At, tile: &mut [T]) -> Result<()> {
+    fn read<T: Editable>(&self, task: &Task<'_>, grid: Grid, at: At, tile: &mut [T]) -> Result<()> {
         self.cancel.check()?;
-        let from = self.task.tensor.begin + self.offset::<T>(grid, at);
+        let from = task.tensor.begin + self.offset::<T>(grid, at);
         self.open
             .source
             .read_at(from, bytemuck::cast_slice_mut(tile))
     }
 
-    fn edit<T: Editable>(&self, specs: &[Spec]) -> Result<Value> {
-        let t = &self.task.tensor;
+    fn edit<T: Editable>(&self, task: &Task<'_>, specs: &[Spec]) -> Result<Value> {
+        let t = &task.tensor;
         let grid = Grid::new(&t.shape, specs)?;
         let rows = grid.tile_rows(size_of::<T>(), specs, self.tile);
         let mut chain = Chain::<T>::new(specs, grid);
         let buffer = || vec![T::default(); rows.min(grid.rows) * grid.width];
         let (mut old, mut new) = (buffer(), buffer());
-        let mut guess = if self.open.patch.is_some() {
-            buffer()
-        } else {
-            Vec::new()
+        let mut patch = match &self.open.patch {
+            Some(patch) => Some((patch, patch.packer()?, buffer())),
+            None => None,
         };
-        let (mut before, mut after) = (Sha256::new(), Sha256::new());
+        let mut change = Change::new(self, task);
         let mut matrices = Vec::new();
         for matrix in 0..grid.matrices {
             chain.begin();
             for k in chain.passes() {
                 for (row, n) in cuts(grid, rows) {
                     let (at, tile) = (At { matrix, row }, &mut new[..n * grid.width]);
-                    self.read(grid, at, tile)?;
+                    self.read(task, grid, at, tile)?;
                     chain.measure(k, at, tile)?;
                 }
                 chain.end_pass(k)?;
@@ -547,60 +648,43 @@ impl Context<'_> {
             for (row, n) in cuts(grid, rows) {
                 let (at, len) = (At { matrix, row }, n * grid.width);
                 let (old, new) = (&mut old[..len], &mut new[..len]);
-                self.read(grid, at, old)?;
-                before.update(bytemuck::cast_slice::<T, u8>(old));
+                self.read(task, grid, at, old)?;
                 new.copy_from_slice(old);
                 chain.apply(at, new)?;
-                after.update(bytemuck::cast_slice::<T, u8>(new));
-                self.write(grid, at, old, new)?;
-                if let Some(patch) = &self.open.patch {
+                let (old, changed) = (bytemuck::cast_slice(old), bytemuck::cast_slice(new));
+                change.add(self.offset::<T>(grid, at), old, changed)?;
+                if let Some((patch, packer, guess)) = &mut patch {
                     let guess = &mut guess[..len];
                     guess.copy_from_slice(new);
                     for inverse in chain.inverses().iter().rev() {
                         inverse.apply(row, grid.width, guess);
                     }
-                    let wrong = bytemuck::cast_slice_mut::<T, u8>(guess);
-                    let old = bytemuck::cast_slice::<T, u8>(old);
-                    wrong.iter_mut().zip(old).for_each(|(w, o)| *w ^= o);
-                    tiles.push(patch.tile(wrong, size_of::<T>())?);
+                    let guess = bytemuck::cast_slice::<T, u8>(guess);
+                    tiles.push(patch.tile(packer, guess, old, size_of::<T>())?);
                 }
                 self.cancel.advance((len * size_of::<T>()) as u64);
             }
-            if let Some(patch) = &self.open.patch {
+            if let Some((patch, ..)) = &patch {
                 let inverses = patch.inverses(&chain.inverses())?;
                 matrices.push(json!({"inverses": inverses, "tiles": tiles}));
             }
             chain.end();
         }
-        if let Some(patch) = &self.open.patch {
+        if let Some((patch, ..)) = &patch {
             let cut = [grid.matrices, grid.rows, grid.width, rows];
             let entry = json!({"name": t.name, "cut": cut, "matrices": matrices});
-            patch.tensor(self.task.index, entry);
+            patch.tensor(task.index, entry);
         }
-        let ops: Vec<Value> = chain.done.iter().map(|d| d.to_json()).collect();
-        let (before, after) = (hex(&before.finalize()), hex(&after.finalize()));
-        let record = json!({"name": t.name, "before": before, "after": after, "ops": ops});
-        Ok(record)
+        change.end(chain.done.iter().map(|d| d.to_json()).collect())
     }
 
-    fn write<T: Editable>(&self, grid: Grid, at: At, old: &[T], new: &[T]) -> Result<()> {
-        let Some(out) = self.out else { return Ok(()) };
-        let (old, new) = (
-            bytemuck::cast_slice::<T, u8>(old),
-            bytemuck::cast_slice::<T, u8>(new),
-        );
-        let offset = self.offset::<T>(grid, at);
-        if !(self.in_place || self.open.shared) || old != new {
-            self.put(out, self.task.to + offset, new)?;
-        }
-        match self.task.copy_to {
-            Some(to) => self.put(out, to + offset, old),
-            None => Ok(()),
-        }
-    }
-
-    fn undo<T: Editable>(&self, patch: &PatchReader, entry: &Value) -> Result<Value> {
-        let t = &self.task.tensor;
+    fn undo<T: Editable>(
+        &self,
+        task: &Task<'_>,
+        patch: &PatchReader,
+        entry: &Value,
+    ) -> Result<Value> {
+        let t = &task.tensor;
         let bad = || {
             Error::checkpoint(
                 &self.open.source.path,
@@ -625,7 +709,7 @@ impl Context<'_> {
         }
         let mut old = vec![T::default(); step.min(rows) * width];
         let mut new = old.clone();
-        let (mut before, mut after) = (Sha256::new(), Sha256::new());
+        let mut change = Change::new(self, task);
         for (matrix, kept) in matrices.iter().enumerate() {
             let inverses = patch.inverses::<T>(&kept["inverses"], grid)?;
             let tiles = kept["tiles"].as_array().ok_or_else(bad)?;
@@ -636,19 +720,66 @@ impl Context<'_> {
             for ((row, n), kept) in cuts.into_iter().zip(tiles) {
                 let (at, len) = (At { matrix, row }, n * width);
                 let (old, new) = (&mut old[..len], &mut new[..len]);
-                self.read(grid, at, old)?;
-                before.update(bytemuck::cast_slice::<T, u8>(old));
+                self.read(task, grid, at, old)?;
                 new.copy_from_slice(old);
                 for inverse in inverses.iter().rev() {
                     inverse.apply(row, width, new);
                 }
                 patch.correct(kept, size_of::<T>(), bytemuck::cast_slice_mut(new))?;
-                after.update(bytemuck::cast_slice::<T, u8>(new));
-                self.write(grid, at, old, new)?;
+                let (old, new) = (bytemuck::cast_slice(old), bytemuck::cast_slice(new));
+                change.add(self.offset::<T>(grid, at), old, new)?;
                 self.cancel.advance((len * size_of::<T>()) as u64);
             }
         }
-        let (before, after) = (hex(&before.finalize()), hex(&after.finalize()));
-        Ok(json!({"name": t.name, "before": before, "after": after, "ops": [{"op": "undo"}]}))
+        change.end(vec![json!({"op": "undo"})])
+    }
+}
+
+/// A tensor that is being changed: where both forms of it go, and their hashes.
+struct Change<'a> {
+    work: &'a Work<'a>,
+    task: &'a Task<'a>,
+    new: Option<Sink<'a>>,
+    copy: Option<Sink<'a>>,
+    before: Sha256,
+    after: Sha256,
+}
+
+impl<'a> Change<'a> {
+    fn new(work: &'a Work<'a>, task: &'a Task<'a>) -> Self {
+        Self {
+            work,
+            task,
+            new: work.sink(task.to),
+            copy: task.copy_to.and_then(|to| work.sink(to)),
+            before: Sha256::new(),
+            after: Sha256::new(),
+        }
+    }
+
+    /// Takes the next tile, which lies at `offset` in the tensor.
+    fn add(&mut self, offset: u64, old: &[u8], new: &[u8]) -> Result<()> {
+        Sha256::update_both(&mut self.before, old, &mut self.after, new);
+        if let Some(copy) = &mut self.copy {
+            copy.write(old)?;
+        }
+        let open = &self.work.open;
+        let at = self.task.to + offset;
+        match (&mut self.new, &open.out) {
+            (Some(sink), _) => sink.write(new),
+            _ if old == new => Ok(()),
+            (None, Some(out)) => self.work.put(&out.file, at, new),
+            (None, None) if self.work.shard.job.in_place => self.work.put(&open.source, at, new),
+            (None, None) => Ok(()),
+        }
+    }
+
+    fn end(mut self, ops: Vec<Value>) -> Result<Value> {
+        for sink in [&mut self.new, &mut self.copy].into_iter().flatten() {
+            sink.flush()?;
+        }
+        let (before, after) = (self.before.hex(), self.after.hex());
+        let name = &self.task.tensor.name;
+        Ok(json!({"name": name, "before": before, "after": after, "ops": ops}))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::directions::norm_preserving;
 use super::long::run_long;
-use crate::checkpoint::{self, Header, Importance, Options, PatchReader, Spec, TensorInfo};
+use crate::checkpoint::{self, Header, Importance, Options, Part, PatchReader, Spec, TensorInfo};
 use crate::forget::dampen::RuleSpec;
 use crate::linalg::Orthonormal;
 use crate::{Error, Result};
@@ -78,6 +78,10 @@ impl PyImportances {
     }
 }
 
+fn to_part((cycle, from, to): (usize, usize, usize)) -> Part {
+    Part { cycle, from, to }
+}
+
 /// One edit of one stored tensor.
 #[pyclass(name = "TensorEdit", module = "abjure._native", frozen)]
 struct PyEdit(Spec);
@@ -86,11 +90,13 @@ struct PyEdit(Spec);
 impl PyEdit {
     /// Projection off orthonormal rows `q`, along the last axis or along the one before it.
     #[staticmethod]
+    #[pyo3(signature = (last_axis, q, scale, keep, part=None))]
     fn ablate(
         last_axis: bool,
         q: PyReadonlyArray2<'_, f64>,
         scale: f64,
         keep: Option<&str>,
+        part: Option<(usize, usize, usize)>,
     ) -> PyResult<Self> {
         let (rank, width) = q.as_array().dim();
         let rows = q.as_array().iter().copied().collect();
@@ -99,12 +105,16 @@ impl PyEdit {
             q: Arc::new(Orthonormal { width, rank, rows }),
             scale,
             keep: norm_preserving(keep)?,
+            part: part.map(to_part),
         }))
     }
 
+    /// `part` is (cycle, from, to): of every `cycle` elements those from `from` to before `to`.
     #[staticmethod]
-    fn scale(factor: f64) -> Self {
-        Self(Spec::Scale(factor))
+    #[pyo3(signature = (factor, part=None))]
+    fn scale(factor: f64, part: Option<(usize, usize, usize)>) -> Self {
+        let part = part.map(to_part);
+        Self(Spec::Scale { factor, part })
     }
 
     /// `count` weights by the importances `name` of two files, from element `offset` on.

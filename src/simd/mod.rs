@@ -14,11 +14,13 @@ mod lse;
 mod mask;
 mod prefetch;
 mod reduce;
+mod sha256;
 pub use exp::{Exp, exp};
 pub use lse::log_sum_exp;
 pub use mask::top_bits;
 pub use prefetch::prefetch;
 pub use reduce::{LANES, dot, dots, max, sum_f64, sum_map, sum_squares_f64};
+pub use sha256::sha256_blocks;
 
 /// Instruction set a kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

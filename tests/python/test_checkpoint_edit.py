@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -726,6 +727,47 @@ def test_a_disk_that_is_full(tmp_path, small_disk, monkeypatch):
     assert contents(disk / "place") == before
 
 
+@pytest.fixture
+def small_ext4(tmp_path):
+    """An ext4 of 40 MiB, where shards are reserved and written past the page cache."""
+    image, disk = tmp_path / "image", tmp_path / "ext4"
+    disk.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(40 << 20)
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("there is no mkfs.ext4")
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], check=True)
+    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(disk)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_of_blocks(tmp_path, small_ext4, monkeypatch):
+    weights = tensors(torch.bfloat16)
+    source = write(tmp_path / "source", weights, shards=5)
+    before, expected = contents(source), ablated(weights, Q1)
+    out, usage = small_ext4 / "out", shutil.disk_usage(small_ext4)
+    ballast = small_ext4 / "ballast"
+    with open(ballast, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, usage.free - (5 << 20))
+    with pytest.raises(CheckpointError, match="no space"):
+        checkpoint.edit(source, out, Ablate(Q1), progress=False)
+    with monkeypatch.context() as m:
+        m.setattr("shutil.disk_usage", lambda _: usage._replace(free=1 << 40))  # others fill it meanwhile
+        with pytest.raises(CheckpointError, match="No space"):
+            checkpoint.edit(source, out, Ablate(Q1), progress=False)
+    assert not out.exists()
+    assert contents(source) == before
+    ballast.unlink()
+    assert checkpoint.edit(source, out, Ablate(Q1), progress=False).resumed > 0
+    same(read(out), expected)
+    assert checkpoint.verify(out, progress=False)
+    checkpoint.undo(out, progress=False)
+    assert contents(out) == before
+
+
 def test_finished_shards_are_kept_for_the_next_run(tmp_path):
     weights = tensors(torch.bfloat16)
     source = write(tmp_path / "source", weights, shards=3)
@@ -766,6 +808,7 @@ def test_commands(source, tmp_path, capsys):
     code, text = run(*ablate, "--dry-run")
     assert code == 0
     assert "4 tensors edited" in text.out
+    assert re.search(r"reads [\d.]+ MiB, writes [\d.]+ MiB, about [\d.]+ s", text.out)
     assert not os.path.exists(out)
     code, text = run(*ablate, "--json")
     assert code == 0
@@ -778,7 +821,7 @@ def test_commands(source, tmp_path, capsys):
     assert not json.loads(text.out)["identical"]
     code, text = run("info", source)
     assert code == 0
-    assert "llama" in text.out
+    assert f"llama, {LAYERS} layers, " in text.out
     assert "BF16" in text.out
     code, text = run("scale", out, "--in-place", "--tensors", "*up_proj*", "--factor", "1.50", "--quiet")
     assert code == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
 
 import abjure
@@ -499,6 +500,204 @@ def test_quantised_writers_are_refused_by_name(tmp_path):
         *changed(deepseek, add={reader: fp8[name], reader + "_scale_inv": TensorInfo((1, 1), "F32")}), Ablate(Q)
     )
     assert found == resolve(deepseek.config, deepseek.tensors, Ablate(Q))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beside", "method", "words"),
+    [
+        ("F8_E4M3", {}, "fp8", r"o_proj\.weight is stored as F8_E4M3 \(quantised by fp8\)"),
+        ("F8_E5M2", {}, None, r"o_proj\.weight is stored as F8_E5M2; expected"),
+        (
+            "F8_E4M3",
+            {"weight_scale": ("F32", (1,))},
+            "fbgemm_fp8",
+            r"o_proj\.weight is quantised \(compressed-tensors\)",
+        ),
+        (None, {"qweight": ("I32", (4, 32)), "g_idx": ("I32", (32,))}, "gptq", "o_proj.* is quantised .GPTQ or AWQ"),
+        (None, {"qweight": ("I32", (32, 4)), "qzeros": ("I32", (1, 4))}, "awq", "o_proj.* is quantised .GPTQ or AWQ"),
+        ("I8", {"SCB": ("F32", (32,))}, "bitsandbytes", r"o_proj.* is quantised \(bitsandbytes int8\)"),
+        ("U8", {"weight.absmax": ("U8", (16,))}, "bitsandbytes", r"o_proj.* is quantised \(bitsandbytes 4-bit\)"),
+        (None, {"weight_packed": ("I32", (32, 4))}, "compressed-tensors", "o_proj.* is quantised .compressed-tensors"),
+    ],
+)
+def test_every_quantisation_is_named(dtype, beside, method, words, tmp_path):
+    build("llama", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    root = "model.layers.1.self_attn.o_proj."
+    add = {root + end: TensorInfo(shape, kind) for end, (kind, shape) in beside.items()}
+    if dtype is not None:
+        add[root + "weight"] = TensorInfo((32, 32) if dtype != "U8" else (512, 1), dtype)
+    config = {} if method is None else {"quantization_config": {"quant_method": method}}
+    case = changed(saved, config, drop=[root + "weight"], add=add)
+    with pytest.raises(abjure.DTypeError, match=words):
+        resolve(*case, Ablate(Q))
+    stored = next(n for n, t in add.items() if t.dtype not in ("F32",))
+    with pytest.raises(abjure.DTypeError, match=stored.replace(".", r"\.")):
+        resolve(*case, Scale(stored, 2.0))
+
+
+# Parts of fused tensors -------------------------------------------------------------------------------------------
+
+
+def seen(path, module, which):
+    """What the first forward pass gives to a module of block 0 (``which`` 0) or gets from it (1)."""
+    model, found = load(path), []
+    _, blocks = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
+
+    def hook(_, given, result):
+        value = (given, result)[which]
+        found.append((value[0] if isinstance(value, tuple) else value).detach().clone())
+
+    blocks[0].get_submodule(module).register_forward_hook(hook)
+    logits(model)
+    return found[0]
+
+
+QKV = {
+    "phi3": ("self_attn.qkv_proj.weight", "self_attn.o_proj"),
+    "gpt2": ("attn.c_attn.*", "attn.c_proj"),
+    "mpt": ("attn.Wqkv.weight", "attn.out_proj"),
+    "gpt_neox": ("attention.query_key_value.*", "attention.dense"),
+    "bloom": ("self_attention.query_key_value.*", "self_attention.dense"),
+    "falcon": ("self_attention.query_key_value.weight", "self_attention.dense"),
+    "falcon, new": ("self_attention.query_key_value.*", "self_attention.dense"),
+    "codegen": ("attn.qkv_proj.weight", "attn.out_proj"),
+}
+
+
+@pytest.mark.parametrize("name", QKV)
+def test_q_k_and_v_of_fused_tensors(name, tmp_path):
+    """Twice the values is twice the output of attention; twice the queries is the same as twice the keys."""
+    model = build(name, torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():  # scores far enough from 0 that twice of them is another softmax
+            p.mul_(3)
+    model.save_pretrained(tmp_path / "plain")
+    tensor, module = QKV[name]
+    found = {"plain": seen(tmp_path / "plain", module, 0)}
+    for part in "qkv":
+        checkpoint.edit(tmp_path / "plain", tmp_path / part, Scale(f"*.{tensor}:{part}", 2), progress=False)
+        found[part] = seen(tmp_path / part, module, 0)
+        assert checkpoint.undo(tmp_path / part, tmp_path / f"{part} undone", progress=False)
+        back, first = Saved(tmp_path / f"{part} undone"), Saved(tmp_path / "plain")
+        assert all(np.array_equal(back.arrays[n], a) for n, a in first.arrays.items())
+    assert torch.equal(found["v"], 2 * found["plain"])
+    assert torch.equal(found["q"], found["k"])
+    assert not torch.allclose(found["q"], found["plain"], rtol=1e-3)
+
+
+HALVES = {
+    "phi3": ("mlp.gate_up_proj.weight", "mlp"),
+    "glm": ("mlp.gate_up_proj.weight", "mlp"),
+    "glm4": ("mlp.gate_up_proj.weight", "mlp"),
+    "granitemoe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe"),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_gate_and_up_of_fused_tensors(name, tmp_path):
+    """The output of the MLP is linear in up, and not in gate."""
+    build(name, torch.float32).save_pretrained(tmp_path / "plain")
+    tensor, module = HALVES[name]
+    plain = seen(tmp_path / "plain", module, 1)
+    for part in ("gate", "up"):
+        checkpoint.edit(tmp_path / "plain", tmp_path / part, Scale(f"*.{tensor}:{part}", 2), progress=False)
+        doubled = torch.equal(seen(tmp_path / part, module, 1), 2 * plain)
+        assert doubled == (part == "up")
+
+
+def test_gate_and_up_of_stacked_experts(tmp_path):
+    build("gpt_oss", torch.float32).save_pretrained(tmp_path / "plain")
+    arrays = Saved(tmp_path / "plain").arrays
+    place = "model.layers.0.mlp.experts.gate_up_proj"
+    edit = Scale([f"{place}:gate", f"{place}_bias:gate"], 0)
+    checkpoint.edit(tmp_path / "plain", tmp_path / "no gate", edit, progress=False)
+    found = Saved(tmp_path / "no gate").arrays
+    for name in (place, place + "_bias"):
+        assert not found[name][..., ::2].any()
+        assert np.array_equal(found[name][..., 1::2], arrays[name][..., 1::2])
+    # Without gates no expert says anything but its bias.
+    silent = Saved(tmp_path / "plain")
+    silent.apply(Scale("*.layers.0.mlp.experts.down_proj", 0))
+    assert torch.equal(seen(tmp_path / "no gate", "mlp", 1), seen(tmp_path / "plain", "mlp", 1))
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "mixtral", "qwen3_moe"])
+def test_stacks_under_the_names_of_modules(name, tmp_path):
+    model = build(name, torch.float32)
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    model.config.save_pretrained(plain)
+    state = {n: p.numpy() for n, p in model.state_dict().items()}
+    save_file(state, plain / "model.safetensors", {"format": "pt"})
+    stack = next(n for n in state if n.endswith("experts.gate_up_proj"))
+    checkpoint.edit(plain, out, Scale(f"{stack}:up", 2), progress=False)
+    found, axis = Saved(out).arrays[stack], 2 if name == "llama4_text" else 1
+    (gate, up), (gate_0, up_0) = np.split(found, 2, axis), np.split(state[stack], 2, axis)
+    assert np.array_equal(gate, gate_0)
+    assert np.array_equal(up, 2 * up_0)
+    block = model.get_submodule(stack.rpartition(".")[0])
+    hidden = torch.randn(6, 32)
+    routes = (torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1))
+    given = (hidden.repeat(block.num_experts, 1),) if name == "llama4_text" else (hidden, *routes)
+    with torch.no_grad():
+        before = block(*given)
+        block.gate_up_proj.copy_(torch.from_numpy(found))
+        assert torch.equal(block(*given), 2 * before)
+
+
+def test_keys_and_values_of_a_latent(tmp_path):
+    build("deepseek_v3", torch.float32).save_pretrained(tmp_path / "plain")
+    plain = seen(tmp_path / "plain", "self_attn.o_proj", 0)
+    for part in "kv":
+        checkpoint.edit(tmp_path / "plain", tmp_path / part, Scale(f"*.kv_b_proj.weight:{part}", 2), progress=False)
+        found = seen(tmp_path / part, "self_attn.o_proj", 0)
+        assert torch.equal(found, 2 * plain) == (part == "v")
+        assert not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [None, "in"])
+def test_a_direction_that_a_part_reads_is_removed_from_that_part(dtype, form, tmp_path):
+    build("gpt_neox", torch.float32).to(dtype).save_pretrained(tmp_path / "plain")
+    first = {n: t.clone() for n, t in load_torch(tmp_path / "plain" / "model.safetensors").items()}
+    name = "gpt_neox.layers.1.attention.query_key_value.weight"
+    op = Ablate(Q, tensors={f"{name}:k": 1}, norm_preserving=form)
+    checkpoint.edit(tmp_path / "plain", tmp_path / "out", [op, Scale(f"{name}:v", 3)], memory="1M", progress=False)
+    expected = {n: t.clone() for n, t in first.items()}
+    by_head = expected[name].view(4, 3, 8, 32)
+    keys = by_head[:, 1].reshape(32, 32).clone()
+    refuse.orthogonalize_(keys, Q, 1, norm_preserving=form)
+    by_head[:, 1] = keys.view(4, 8, 32)
+    by_head[:, 2] *= 3
+    found = load_torch(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[n], expected[n]) for n in found)
+    assert checkpoint.verify(tmp_path / "out")
+    checkpoint.undo(tmp_path / "out", progress=False)
+    back = load_torch(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(back[n], first[n]) for n in first)
+
+
+def test_parts_that_are_not_there(tmp_path):
+    build("gpt_neox", torch.float32).save_pretrained(tmp_path)
+    saved = Saved(tmp_path)
+    fused, whole = "*.query_key_value.weight", "*.dense.weight"
+    wrong = "gpt_neox.layers.0.attention.query_key_value.weight"
+    for op, words in [
+        (Scale(fused + ":gate", 2), f"{wrong}: expected its parts q, k, v, got :gate"),
+        (Scale(whole + ":q", 2), "dense.weight: expected no part of it"),
+        (Scale([fused, fused + ":q"], 2), "all of it or parts of it, got both"),
+        (Scale("*.nothing:q", 2), "matches a stored tensor"),
+        (Ablate(Q, tensors={fused + ":q": 0}), "a part is ablated along the last axis"),
+        (Ablate(Q, tensors={fused + ":q": 1, fused: 1}), "all of it or one part, got more"),
+        (Ablate(Q, tensors={fused + ":q": 1, fused + ":k": 1}), "all of it or one part, got more"),
+        (Ablate(Q, tensors=fused + ":q"), "matches a known writer"),
+    ]:
+        with pytest.raises(abjure.ArgumentError, match=words):
+            resolve(saved.config, saved.tensors, op)
+    with pytest.raises(abjure.ArgumentError, match="families in the table"):
+        resolve({**saved.config, "model_type": "unheard_of"}, saved.tensors, Scale(fused + ":q", 2))
+    with pytest.raises(abjure.ShapeError, match="that the config's heads allow"):
+        resolve({**saved.config, "num_attention_heads": 5}, saved.tensors, Scale(fused + ":q", 2))
 
 
 def test_configurations_that_no_weight_edit_passes(tmp_path):

@@ -8,6 +8,7 @@ import html
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -16,6 +17,7 @@ from typing import Any, Literal, overload
 
 from .. import _native
 from ..errors import ArgumentError, CheckpointError
+from .layout import depth_of
 from .plan import Plan, as_recipe, digest, planned, shard_edits
 from .stored import (
     EDITING,
@@ -218,9 +220,12 @@ class _Run:
         """Runs shard jobs; their records."""
         if not jobs:
             return []
-        from tqdm.auto import tqdm
+        if not self.progress or not sys.stderr.isatty():
+            found = _native.checkpoint_run(jobs, self.memory, self.hashes == "all", None)
+            return [json.loads(record) for record in found]
+        from tqdm.auto import tqdm  # slow to import
 
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
+        with tqdm(total=total, desc=what, unit="B", unit_scale=True) as bar:
 
             def show(done: int) -> None:
                 bar.update(done - bar.n)
@@ -781,6 +786,7 @@ class CheckpointInfo:
     Attributes:
         path: the checkpoint.
         family: ``model_type`` of its config; empty if there is none.
+        layers: blocks of the decoder as the config says; 0 if it does not.
         shards: files.
         tensors: how many there are.
         bytes: in all shards.
@@ -797,6 +803,7 @@ class CheckpointInfo:
     dtypes: dict[str, tuple[int, int]]
     history: list[dict[str, Any]]
     interrupted: bool = False
+    layers: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain types for JSON."""
@@ -806,7 +813,8 @@ class CheckpointInfo:
         if self.interrupted:
             return f"{self.path}: an edit in place was interrupted; `abjure undo` brings it back"
         size = f"{self.bytes / 2**30:.2f} GiB"
-        lines = [f"{self.path}: {self.family or 'no config'}, {self.tensors} tensors, {size}, {self.shards} shards"]
+        family = f"{self.family or 'no config'}, " + (f"{self.layers} layers, " if self.layers else "")
+        lines = [f"{self.path}: {family}{self.tensors} tensors, {size}, {self.shards} shards"]
         lines += [f"{dtype}: {n} tensors, {count:,} elements" for dtype, (n, count) in self.dtypes.items()]
         for e in self.history:
             ops = ", ".join(str(op.get("kind", "?")) for op in e["ops"])
@@ -844,4 +852,6 @@ def info(path: str | os.PathLike[str]) -> CheckpointInfo:
             for e in (stored.provenance() or {"history": []})["history"]
         ]
     family = str(stored.config.get("model_type", ""))
-    return CheckpointInfo(root, family, len(stored.shards), len(stored.tensors), stored.size, dtypes, history)
+    layers = depth_of(stored.config)
+    counts = (len(stored.shards), len(stored.tensors), stored.size)
+    return CheckpointInfo(root, family, *counts, dtypes, history, layers=layers)

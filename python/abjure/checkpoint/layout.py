@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any, Literal, NamedTuple, cast
 
 from ..errors import ArgumentError, DTypeError, ShapeError
@@ -82,6 +83,28 @@ _STACKED_FAMILIES = (
 )
 # fmt: on
 
+#: Tensors that are several in one: (pattern of names within a block, how they are put together; see :func:`_cut`).
+_FUSED: dict[str, tuple[tuple[str, str], ...]] = {
+    "phi3": (("self_attn.qkv_proj.*", "qkv"), ("mlp.gate_up_proj.*", "halves")),
+    **dict.fromkeys(["glm", "glm4"], (("mlp.gate_up_proj.*", "halves"),)),
+    **dict.fromkeys(["deepseek_v2", "deepseek_v3"], (("self_attn.kv_b_proj.*", "latent"),)),
+    "gpt2": (("attn.c_attn.*", "qkv"),),
+    "mpt": (("attn.Wqkv.*", "qkv"),),
+    "gpt_neox": (("attention.query_key_value.*", "heads"),),
+    "bloom": (("self_attention.query_key_value.*", "heads"),),
+    "falcon": (("self_attention.query_key_value.*", "falcon"),),
+    "codegen": (("attn.qkv_proj.*", "codegen"),),
+    "gpt_oss": (("mlp.experts.gate_up_proj*", "interleaved"),),
+    "llama4_text": (("feed_forward.experts.gate_up_proj", "halves"),),
+    "granitemoe": (("block_sparse_moe.input_linear.weight", "halves"),),
+}
+#: What families with experts that modules stack have as well, where files hold the stacks.
+_FUSED_STACK = ("*experts.gate_up_proj", "halves")
+#: Families whose stacks of experts are (expert, in, out).
+_STACKED_IN_OUT = ("gpt_oss", "llama4_text")
+_HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads")
+_KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+
 #: Tensors of files that are no parameters: masks and tables that modules compute by themselves.
 _BUFFERS = (
     "*rotary_emb.inv_freq",
@@ -141,8 +164,10 @@ class Target:
     Attributes:
         name: as stored.
         axis: which of its stored axes lies along the residual stream; None for ops that edit element by element.
-        offset, length: the part of ``part_axis`` that is edited; ``length`` None for all from ``offset``.
-        part_axis: the axis that ``offset`` and ``length`` count along.
+        part: which of the tensors that were fused into this one is edited (``"q"``, ``"gate"``, …); None for all of it.
+        part_axis: the axis that they were put together along.
+        period: of every ``period`` steps along that axis, ``length`` from ``offset`` on belong to the part.
+        offset, length: see ``period``.
         post_gain: stored tensor ``(d,)`` with the gain of a norm that the branch passes on the way to the stream; the
             edit is then by ``g ⊙ q``, see :func:`abjure.refuse.orthogonalize_`.
         gain_offset: what is added to that tensor to make the gain g (1 for Gemma).
@@ -159,9 +184,11 @@ class Target:
 
     name: str
     axis: int | None
-    offset: int = 0
-    length: int | None = None
+    part: str | None = None
     part_axis: int = 0
+    period: int = 0
+    offset: int = 0
+    length: int = 0
     post_gain: str | None = None
     gain_offset: float = 0.0
     tied_to: str | None = None
@@ -174,6 +201,14 @@ class Target:
     importance_offset: int = 0
     shape: tuple[int, ...] = ()
     dtype: str = ""
+
+    @property
+    def elements(self) -> tuple[int, int, int] | None:
+        """The part in elements of the contiguous order: of every so many, those from, and to before; None for all."""
+        if self.part is None:
+            return None
+        inner = prod(self.shape[self.part_axis + 1 :])
+        return self.period * inner, self.offset * inner, (self.offset + self.length) * inner
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and name and axis, in plain types."""
@@ -221,13 +256,17 @@ class Resolution:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{html.escape(t.name)}</td><td>{t.shape}</td><td>{t.dtype}</td>"
+            f"<tr><td>{html.escape(with_part(t))}</td><td>{t.shape}</td><td>{t.dtype}</td>"
             f"<td>{'' if t.axis is None else t.axis}</td><td>{t.scale:g}</td></tr>"
             for t in self.targets
         )
         head = "<tr><th>tensor</th><th>shape</th><th>dtype</th><th>residual axis</th><th>scale</th></tr>"
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return f"<table><caption>{html.escape(str(self).splitlines()[0])}</caption>{head}{rows}</table>{notes}"
+
+
+def with_part(target: Target) -> str:
+    return target.name if target.part is None else f"{target.name}:{target.part}"
 
 
 def resolve(
@@ -515,6 +554,36 @@ class Decoder:
                     )
         return found
 
+    def parts(self, name: str) -> dict[str, Target]:
+        """What was fused into a stored tensor, by its names in the literature: q, k and v, or gate and up.
+
+        Returns:
+            Targets of the parts; empty where the table knows of none.
+
+        Raises:
+            ShapeError: the tensor has another size than the config says.
+        """
+        layer = _layer_of(name, self)
+        if layer is None:
+            return {}
+        inner, info = name.removeprefix(f"{self.path}.{layer}."), self.stored[name]
+        known = _FUSED.get(self.kind, ())
+        if self.kind in (*_STACKED_FAMILIES, "granitemoe"):
+            known = (*known, _FUSED_STACK)
+        how = next((how for pattern, how in known if fnmatchcase(inner, pattern)), None)
+        if how is None:
+            return {}
+        ndim = len(info.shape)
+        stacked = ".experts." in f".{inner}." and self.kind in _STACKED_IN_OUT
+        last = inner.endswith("bias") or ndim == 1 or stacked or self.kind in _CONV1D
+        axis = ndim - 1 if last else ndim - 2
+        size = info.shape[axis]
+        period, cuts = _cut(how, size, self.config, self.width)
+        if period < 1 or size % period or max(end for _, end in cuts.values()) > period:
+            raise ShapeError(f"tensors: {name}: expected parts that the config's heads allow, got shape {info.shape}")
+        plain = Target(name, None, part_axis=axis, period=period, layer=layer, shape=info.shape, dtype=info.dtype)
+        return {part: replace(plain, part=part, offset=a, length=b - a) for part, (a, b) in cuts.items()}
+
     def expect_known_names(self) -> None:
         """Raises ArgumentError for a tensor of the decoder outside of its blocks that nothing is known about."""
         known = [f"{p}.*" for p in self.known.embeddings]
@@ -605,6 +674,53 @@ class Decoder:
             if scheme:
                 raise DTypeError(f"tensors: {name} is quantised ({scheme}); save the model dequantised first")
             raise ArgumentError(f"tensors: {name} is neither a known writer nor a known reader of the stream")
+
+
+def _cut(how: str, size: int, config: Mapping[str, Any], width: int) -> tuple[int, dict[str, tuple[int, int]]]:
+    """How an axis of ``size`` steps is shared: period, and part to its begin and end within one; (0, …) if not at all.
+
+    ``halves``: gate, then up. ``interleaved``: gate and up by turns. ``qkv``: all of q, then k, then v. ``heads``: q, k
+    and v of each head. ``falcon``: any of these, by its options. ``codegen``: q, v and k of each quarter. ``latent``:
+    key and value of each head, from the latent of multi-head latent attention.
+    """
+    if how == "halves":
+        return size if size % 2 == 0 else 0, {"gate": (0, size // 2), "up": (size // 2, size)}
+    if how == "interleaved":
+        return 2, {"gate": (0, 1), "up": (1, 2)}
+    if how == "latent":
+        k, v = int(config.get("qk_nope_head_dim") or 0), int(config.get("v_head_dim") or 0)
+        return k + v if k * v else 0, {"k": (0, k), "v": (k, k + v)}
+    heads = next((int(config[key]) for key in _HEAD_COUNTS if config.get(key) is not None), 0)
+    if heads < 1:
+        return 0, {"q": (0, 0)}
+    dim = int(config.get("head_dim") or width // heads)
+    shared = next((int(config[key]) for key in _KV_COUNTS if config.get(key) is not None), heads)
+    q, k, period = heads, shared, size
+    if how == "heads":
+        q, k, period = 1, 1, 3 * dim
+    elif how == "codegen":
+        return size // 4, {"q": (0, size // 12), "k": (size // 6, size // 4), "v": (size // 12, size // 6)}
+    elif how == "falcon":
+        if config.get("new_decoder_architecture"):
+            q, k = heads // max(shared, 1), 1
+            period = (q + 2) * dim
+        elif config.get("multi_query", True):
+            q, k = heads, 1
+        else:
+            q, k, period = 1, 1, 3 * dim
+    if (q + 2 * k) * dim != period:
+        return 0, {"q": (0, 0)}
+    return period, {"q": (0, q * dim), "k": (q * dim, (q + k) * dim), "v": ((q + k) * dim, period)}
+
+
+def depth_of(config: Mapping[str, Any]) -> int:
+    """Number of blocks that a config names; 0 if it names none."""
+    text = config.get("text_config")
+    for found in (text if isinstance(text, Mapping) else {}, config):
+        for key in _DEPTHS:
+            if isinstance(value := found.get(key), int) and not isinstance(value, bool) and value > 0:
+                return value
+    return 0
 
 
 def decoder_config(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -784,20 +900,59 @@ def _matching(patterns: Any, names: Iterable[str], what: str) -> set[str] | None
     return found
 
 
+def _part_or_none(pattern: str, names: Iterable[str]) -> tuple[str, str] | None:
+    """Pattern and part, where a pattern ends in ``:part`` and no name does."""
+    name, _, part = pattern.rpartition(":")
+    if not name or any(fnmatchcase(n, pattern) for n in names):
+        return None
+    return name, part
+
+
+def _parts_matching(
+    pattern: str, part: str, stored: Mapping[str, TensorInfo], decoder: Decoder | None
+) -> dict[str, Target]:
+    """Name to the part of that name of every stored tensor that matches."""
+    if decoder is None:
+        raise ArgumentError(
+            f"tensors: parts of tensors ({pattern}:{part}) are known of families in the table, and this is none of them"
+        )
+    found = {}
+    for name in sorted(_matching([pattern], stored, "a stored tensor") or ()):
+        known = decoder.parts(name)
+        if part not in known:
+            have = f"its parts {', '.join(known)}" if known else "no part of it (it is not known to be fused)"
+            raise ArgumentError(f"tensors: {name}: expected {have}, got :{part}")
+        found[name] = known[part]
+    return found
+
+
 def _by_patterns(config: Mapping[str, Any], stored: dict[str, TensorInfo], op: Ablate) -> Resolution:
     """Writers that the user named, each with its axis; gains come from the table where it knows the tensor."""
     assert isinstance(op.tensors, Mapping)
     if isinstance(op.scale, Mapping):
         raise ArgumentError("scale: expected one number where tensors gives the writers, got one for each component")
     axes: dict[str, int] = {}
+    parts: dict[str, Target] = {}
+    decoder = _decoder_or_none(config, stored, ablate=True)
     for pattern, axis in op.tensors.items():
-        for name in sorted(_matching([pattern], stored, "a stored tensor") or ()):
+        if split := _part_or_none(pattern, stored):
+            names = _parts_matching(*split, stored, decoder)
+            if twice := next((n for n in names if n in axes), None):
+                raise ArgumentError(f"tensors: {twice}: expected all of it or one part, got more")
+            parts |= names
+        for name in names if split else sorted(_matching([pattern], stored, "a stored tensor") or ()):
             ndim = len(stored[name].shape)
             if not -ndim <= axis < ndim or (ndim == 3 and axis % 3 == 0) or not 1 <= ndim <= 3:
                 raise ArgumentError(f"tensors.{pattern!r}: {name} has shape {stored[name].shape}, no axis {axis}")
             if axes.setdefault(name, axis % ndim) != axis % ndim:
                 raise ArgumentError(f"tensors: {name} matches two patterns with different axes")
-    decoder = _decoder_or_none(config, stored, ablate=True)
+            if name in parts and not split:
+                raise ArgumentError(f"tensors: {name}: expected all of it or one part, got more")
+            if split and (axis % ndim != ndim - 1 or parts[name].part_axis == ndim - 1):
+                raise ArgumentError(
+                    f"tensors: {name}: a part is ablated along the last axis, of tensors that are cut along another; "
+                    f"got axis {axis % ndim} of a tensor that is cut along {parts[name].part_axis}"
+                )
     known = {}
     if decoder is not None:
         known = {t.name: t for t in decoder.all_writers(strict=False)}
@@ -809,6 +964,8 @@ def _by_patterns(config: Mapping[str, Any], stored: dict[str, TensorInfo], op: A
             continue
         info = stored[name]
         target = known.get(name) or Target(name, axis, layer=layer, shape=info.shape, dtype=info.dtype)
+        if name in parts:
+            target = replace(parts[name], axis=axis)
         if target.axis != axis:
             raise ArgumentError(f"tensors: {name}: expected axis {target.axis}, a fact of this family, got {axis}")
         bias = len(info.shape) == 1 or name.endswith("bias")
@@ -866,12 +1023,23 @@ def _layer_of(name: str, decoder: Decoder | None) -> int | None:
 def _scaled(config: Mapping[str, Any], stored: dict[str, TensorInfo], op: Scale) -> Resolution:
     decoder = _decoder_or_none(config, stored)
     wanted = _wanted_layers(op.layers, decoder)
-    names = _matching(op.tensors, stored, "a stored tensor") or set()
+    names: set[str] = set()
+    parts: dict[str, dict[str, Target]] = {}
+    for pattern in op.tensors:
+        if split := _part_or_none(pattern, stored):
+            for name, part in _parts_matching(*split, stored, decoder).items():
+                parts.setdefault(name, {})[split[1]] = part
+        else:
+            names |= _matching([pattern], stored, "a stored tensor") or set()
+    if twice := min(names & parts.keys(), default=None):
+        raise ArgumentError(f"tensors: {twice}: expected all of it or parts of it, got both")
     targets = []
     for name, info in stored.items():
         layer = _layer_of(name, decoder)
-        if name in names and (wanted is None or layer in wanted):
-            targets.append(Target(name, None, scale=float(op.factor), layer=layer, shape=info.shape, dtype=info.dtype))
+        if wanted is None or layer in wanted:
+            found = [Target(name, None, layer=layer, shape=info.shape, dtype=info.dtype)] if name in names else []
+            found += parts.get(name, {}).values()
+            targets += [replace(t, scale=float(op.factor)) for t in found]
     if not targets:
         raise ArgumentError(f"layers: no tensor that matches lies in blocks {op.layers}")
     result = _elementwise(config, op, decoder, targets)

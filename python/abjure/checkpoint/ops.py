@@ -45,6 +45,7 @@ class Ablate:
         layers: indices of the blocks to edit, negative from the end; None for every block and the embeddings.
         tensors: patterns with shell wildcards that choose among the known writers; or a mapping of pattern to axis,
             which takes the place of the table: every stored tensor that matches is a writer, along that axis.
+            ``"*.qkv_proj.weight:q"`` is a part of a fused tensor, see :class:`Scale`; its axis has to be the last.
         norm_preserving: ``"in"``, ``"row"`` or ``"row_pre"``, as :func:`abjure.refuse.orthogonalize_`.
         tied: what to do with an embedding that is also the output head: ``"skip"`` (also None), ``"untie"``,
             ``"edit"``, as :func:`abjure.refuse.orthogonalize_model_`.
@@ -113,7 +114,9 @@ class Scale:
     """Multiplies stored tensors by a factor.
 
     Attributes:
-        tensors: patterns of stored names, with shell wildcards; each has to match a tensor.
+        tensors: patterns of stored names, with shell wildcards; each has to match a tensor. Of a tensor that several
+            were fused into, ``:q``, ``:k``, ``:v``, ``:gate`` or ``:up`` after the pattern is that part, where the
+            table knows how the family puts them together.
         factor: any finite number; 0 erases.
         layers: of the matches, only those in these blocks; None for all.
 

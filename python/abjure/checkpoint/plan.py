@@ -20,7 +20,7 @@ from .. import _native
 from ..errors import ArgumentError, CheckpointError, DTypeError, ShapeError
 from ..forget import Fisher
 from ..refuse.weights import gained_basis
-from .layout import Resolution, Target, resolution
+from .layout import Resolution, Target, resolution, with_part
 from .ops import Ablate, Dampen, Op, Scale
 from .recipe import Recipe
 from .stored import Shard, Stored
@@ -86,7 +86,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{html.escape(t.name)}</td><td>{kind}</td><td>{t.dtype} {list(t.shape)}</td>"
+            f"<tr><td>{html.escape(with_part(t))}</td><td>{kind}</td><td>{t.dtype} {list(t.shape)}</td>"
             f"<td>{'' if t.axis is None else t.axis}</td><td>{t.scale:g}</td></tr>"
             for kind, t in self.targets
         )
@@ -154,7 +154,7 @@ def _add(plan: Plan, stored: Stored, op: Op, cleanup: contextlib.ExitStack) -> N
     elif isinstance(op, Scale):
         found = resolution(stored.config, infos, op)
         for t in found.targets:
-            plan.edits.setdefault(t.name, []).append(_native.TensorEdit.scale(float(t.scale)))
+            plan.edits.setdefault(t.name, []).append(_native.TensorEdit.scale(float(t.scale), t.elements))
     else:
         found = resolution(stored.config, infos, op)
         _ablations(plan, stored, op, found)
@@ -166,8 +166,7 @@ def _ablations(plan: Plan, stored: Stored, op: Ablate, found: Resolution) -> Non
     edits: dict[Any, Any] = {}
     plain = op.basis(found.width or None)
     for t in found.targets:
-        if t.axis is None or t.offset or t.length is not None:
-            raise ArgumentError(f"op: {t.name}: a part of a tensor cannot be ablated")
+        assert t.axis is not None
         axis = t.axis % len(t.shape)
         gain = (t.post_gain, t.gain_offset)
         if gain not in bases:
@@ -177,9 +176,9 @@ def _ablations(plan: Plan, stored: Stored, op: Ablate, found: Resolution) -> Non
             bases[gain] = gained_basis(plain, values, t.shape[axis])
         if bases[gain].shape[1] != t.shape[axis]:
             raise ShapeError(f"op: {t.name}: expected {bases[gain].shape[1]} along axis {axis}, got {t.shape}")
-        key = (gain, axis == len(t.shape) - 1, t.scale, t.norm_preserving)
+        key = (gain, axis == len(t.shape) - 1, t.scale, t.norm_preserving, t.elements)
         if key not in edits:
-            edits[key] = _native.TensorEdit.ablate(key[1], bases[gain], float(t.scale), t.norm_preserving)
+            edits[key] = _native.TensorEdit.ablate(key[1], bases[gain], float(t.scale), t.norm_preserving, t.elements)
         if key[1] and t.norm_preserving in ("row", "row_pre"):
             raise ArgumentError(
                 f"norm_preserving: {t.name} lies along the stream with its last axis, where {t.norm_preserving!r} "
