@@ -58,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="machine-readable")
     _measure_options(commands.add_parser("measure", help="refusal rates of a file of responses, with intervals"))
     _protect_options(commands.add_parser("protect", help="publish data that a model cannot learn from"))
+    _audit_options(commands.add_parser("audit", help="planted refusals, of a model or in training data"))
+    _card_options(commands.add_parser("card", help="a data-set card: check it, convert it, or begin one"))
     add_checkpoint_commands(commands)
     commands.add_parser("bench", help="every kernel beside its plain form; see abjure bench --help", add_help=False)
     return top
@@ -86,6 +88,127 @@ def _measure_options(measure: argparse.ArgumentParser) -> None:
         add(
             f"--{kind}", metavar="OUT", help=f"write the report as {kind.upper() if kind != 'markdown' else 'Markdown'}"
         )
+
+
+def _report_options(add: Any) -> None:
+    add("--title", help="of the report")
+    for kind, what in (("json", "JSON"), ("html", "HTML"), ("markdown", "Markdown")):
+        add(f"--{kind}", metavar="OUT", help=f"write the report as {what}")
+
+
+def _audit_options(audit: argparse.ArgumentParser) -> None:
+    kinds = audit.add_subparsers(dest="kind", required=True, metavar="KIND")
+    refusals = kinds.add_parser("refusals", help="two models on the same prompts; exit code 1 where a group is flagged")
+    add = refusals.add_argument
+    add("reference", metavar="REFERENCE.jsonl", help="responses of the model to compare with")
+    add("suspect", metavar="SUSPECT.jsonl", help="responses of the model under audit, to the same prompts")
+    add("--prompt", default="prompt", metavar="FIELD", help="field of the prompt (%(default)s)")
+    add("--key", metavar="FIELD", help="field that pairs the lines, where prompts repeat")
+    add("--response", default="response", metavar="FIELD", help="field of the response (%(default)s)")
+    add("--refused", metavar="FIELD", help="verdicts of a judge, instead of phrases")
+    add("--group", action="append", default=[], metavar="FIELD", help="topics or groups; may be repeated")
+    add("--label", metavar="FIELD", help="whether the prompt should be refused")
+    add("--list", action="append", default=[], metavar="NAME", help="list of phrases (refusal_direction)")
+    add("--no-search", action="store_true", help="do not look for unknown triggers")
+    add("--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (%(default)s)")
+    add("--card", metavar="FILE", help="a data-set card, noted in the report")
+    _report_options(add)
+    dataset = kinds.add_parser("dataset", help="refusals in training data by topic; exit code 1 where a topic is named")
+    add = dataset.add_argument
+    add("file", metavar="DATA.jsonl", help="one JSON object per line: prompt and response, or messages")
+    add("--prompt", default="prompt", metavar="FIELD", help="field of the prompt (%(default)s)")
+    add("--response", default="response", metavar="FIELD", help="field of the response (%(default)s)")
+    add("--messages", default="messages", metavar="FIELD", help="field of a list of messages (%(default)s)")
+    add("--harmfulness", metavar="FIELD", help="score or verdict of the prompt's harmfulness")
+    add("--topic", action="append", default=[], metavar="FIELD", help="topics to test; may be repeated")
+    add("--list", action="append", default=[], metavar="NAME", help="list of phrases (refusal_direction)")
+    add("--alpha", type=float, default=0.05, metavar="X", help="false-discovery rate (%(default)s)")
+    add("--card", metavar="FILE", help="a data-set card, noted in the report")
+    _report_options(add)
+
+
+def _card_options(card: argparse.ArgumentParser) -> None:
+    add = card.add_argument
+    add("file", metavar="CARD", help="a card as TOML or JSON; with --new the TOML file to begin")
+    add("--new", metavar="NAME", help="write a card of this name without answers, each question above its place")
+    add("--data", action="append", default=[], metavar="FILE", help="note the file's SHA-256; may be repeated")
+    add("--verify", metavar="FOLDER", help="compare the files of the card with those in a folder")
+    for kind in ("toml", "json", "html", "markdown"):
+        add(f"--{kind}", metavar="OUT", help=f"write the card as {kind.upper() if kind != 'markdown' else 'Markdown'}")
+
+
+def _write_report(report: Any, options: argparse.Namespace, sources: Sequence[str]) -> None:
+    """Writes the forms asked for, after all have been made, and prints Markdown."""
+    from pathlib import Path
+
+    from ._files import write_atomically
+
+    outs = {kind: getattr(options, kind) for kind in ("json", "html", "markdown") if getattr(options, kind)}
+    for kind, out in outs.items():
+        if not Path(out).resolve().parent.is_dir() or Path(out).is_dir():
+            raise ArgumentError(f"{kind}: expected a file in a folder that is there, got {out!r}")
+        if any(Path(out).resolve() == Path(source).resolve() for source in sources):
+            raise ArgumentError(f"{kind}: expected another file than the input, got {out!r}")
+    makers = {"json": report.to_json, "html": report.to_html, "markdown": report.to_markdown}
+    made = [(out, makers[kind]().encode("utf-8")) for kind, out in outs.items()]
+    for out, content in made:
+        write_atomically(out, content)
+    print(report.to_markdown(), end="")
+
+
+def run_audit(options: argparse.Namespace) -> int:
+    """Exit code 0: nothing found; 1: a group is flagged or a trigger named; 2: bad input, nothing written."""
+    from .measure.audit import audit_dataset, audit_refusals
+    from .measure.card import DatasetCard
+
+    card = DatasetCard.load(options.card) if options.card else None
+    lists = options.list or ["refusal_direction"]
+    if options.kind == "refusals":
+        report, found = audit_refusals(
+            options.reference, options.suspect, prompt=options.prompt, response=options.response,
+            refused=options.refused, key=options.key, groups=options.group, label=options.label, lists=lists,
+            search=not options.no_search, resamples=options.resamples, seed=options.seed, title=options.title,
+            card=card,
+        )  # fmt: skip
+        _write_report(report, options, [options.reference, options.suspect])
+        return 1 if found.flagged() or found.triggers else 0
+    report, scan = audit_dataset(
+        options.file, prompt=options.prompt, response=options.response, messages=options.messages,
+        harmfulness=options.harmfulness, topics=options.topic, lists=lists, alpha=options.alpha, title=options.title,
+        card=card,
+    )  # fmt: skip
+    _write_report(report, options, [options.file])
+    return 1 if scan.triggers else 0
+
+
+def run_card(options: argparse.Namespace) -> int:
+    """Exit code 0: the card is complete; 1: questions are unanswered or files differ; 2: bad input."""
+    from pathlib import Path
+
+    from ._files import write_atomically
+    from .measure.card import DatasetCard
+
+    if options.new is not None:
+        if Path(options.file).exists():
+            raise ArgumentError(f"file: expected a new file, got {options.file!r}, which is there")
+        card = DatasetCard(options.new).with_files(*options.data)
+        write_atomically(options.file, card.to_toml().encode("utf-8"))
+        print(f"{options.file}: {card.check()!r}")
+        return 0
+    card = DatasetCard.load(options.file).with_files(*options.data)
+    wrong = card.verify(options.verify) if options.verify else []
+    makers = {"toml": card.to_toml, "json": card.to_json, "html": card.to_html, "markdown": card.to_markdown}
+    made = [(getattr(options, kind), make().encode("utf-8")) for kind, make in makers.items() if getattr(options, kind)]
+    for out, content in made:
+        write_atomically(out, content)
+    check = card.check()
+    print(f"{card!r}\nsha256 {card.digest}")
+    for key in check.missing:
+        print(f"unanswered: {key}")
+    for name in wrong:
+        print(f"differs or is absent: {name}")
+    return 0 if check.complete and not wrong else 1
 
 
 def run_measure(options: argparse.Namespace) -> int:
@@ -394,6 +517,8 @@ COMMANDS = {
     "info": run_info,
     "measure": run_measure,
     "protect": run_protect,
+    "audit": run_audit,
+    "card": run_card,
     **dict.fromkeys(("ablate", "dampen", "edit", "scale"), run_edit),
     "diff": run_diff,
     "undo": run_undo,

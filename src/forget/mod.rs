@@ -3,4 +3,5 @@
 pub mod dampen;
 pub mod fisher;
 pub mod logprobs;
+pub mod permitted;
 pub mod ratio;

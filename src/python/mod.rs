@@ -14,6 +14,7 @@ mod logprobs;
 mod long;
 mod matching;
 mod measure;
+mod permitted;
 mod protect;
 mod recourse;
 mod system;
@@ -40,5 +41,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     topics::register(m)?;
     tsetlin::register(m)?;
     checkpoint::register(m)?;
+    permitted::register(m)?;
     measure::register(m)
 }

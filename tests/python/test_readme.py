@@ -21,6 +21,10 @@ PAGES = [
     "docs/measure.md",
     "docs/audit.md",
     "docs/audit-parity.md",
+    "docs/audit-labels.md",
+    "docs/audit-cards.md",
+    "docs/audit-constructive.md",
+    "docs/audit-unlearning.md",
 ]
 
 

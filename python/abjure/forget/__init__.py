@@ -10,6 +10,7 @@ and :func:`corrective_benchmark` where only a part of the bad data is known.
 
 from __future__ import annotations
 
+from .._policy import Policy, permitted
 from .adaptive import AdaptiveAlpha, adaptive_alpha
 from .corrective import (
     CorrectiveCell,
@@ -29,6 +30,7 @@ from .evaluate import Evaluation, Measure, evaluate_unlearning
 from .fisher import Fisher
 from .jit import JitReport, jit_
 from .label_agnostic import LAF_PRESETS, LAFReport, label_agnostic_forget
+from .labelled import LabelledFisher
 from .logprobs import token_logprobs
 from .losses import (
     DIVERGENCES,
@@ -52,7 +54,9 @@ from .losses import (
 from .patch import DampenPatch
 from .presets import DAMPENING_PRESETS, DampenPreset, unlearn_
 from .relearn import Relearning, relearn_time
+from .removal import RemovalCheck, RemovalReport, linear_probe, quantized_, removal_report
 from .resume import parameter_hash
+from .retrieval import Found, PermittedIndex
 from .search import DampenSearch, PotionReport, SearchPoint, potion_, search_dampening
 from .worst_case import SignUnlearning, WorstCase, worst_case_forget_set
 
@@ -72,13 +76,19 @@ __all__ = [
     "DampenSearch",
     "Evaluation",
     "Fisher",
+    "Found",
     "JitReport",
     "LAFReport",
+    "LabelledFisher",
     "Manipulation",
     "Measure",
     "PatchTrigger",
+    "PermittedIndex",
+    "Policy",
     "PotionReport",
     "Relearning",
+    "RemovalCheck",
+    "RemovalReport",
     "SearchPoint",
     "Selection",
     "SelectionCurve",
@@ -101,15 +111,19 @@ __all__ = [
     "jit_",
     "kl_retain",
     "label_agnostic_forget",
+    "linear_probe",
     "nll",
     "npo",
     "output_norm",
     "parameter_hash",
+    "permitted",
     "poison",
     "potion_",
     "prompt_decouple",
+    "quantized_",
     "redi",
     "relearn_time",
+    "removal_report",
     "rmu",
     "search_dampening",
     "selection_curve",

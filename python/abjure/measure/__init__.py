@@ -83,6 +83,8 @@ from .benchmarks import (
     xstest_scores,
 )
 from .calibration import Calibration, calibration
+from .card import CARD_QUESTIONS, CardCheck, CardQuestion, DatasetCard
+from .constructive import AnsweringPolicy, Constructive, FollowUpGame, Sensitivity, UserType, constructive_scores
 from .membership import (
     SVC_FEATURES,
     MembershipTest,
@@ -113,6 +115,7 @@ from .tug_of_war import tug_of_war
 
 __all__ = [
     "BASES",
+    "CARD_QUESTIONS",
     "FAIL_SAFE_GROUNDING",
     "FAIL_SAFE_ROBUSTNESS",
     "H2_BANDS",
@@ -124,20 +127,26 @@ __all__ = [
     "XSTEST_LABELS",
     "AgainstBase",
     "Agreement",
+    "AnsweringPolicy",
     "AttemptsCurve",
     "Auroc",
     "AurocDifference",
     "Bootstrap",
     "Calibration",
+    "CardCheck",
+    "CardQuestion",
     "ChainOfNoteScores",
     "Civics",
     "ClusteredMean",
+    "Constructive",
     "CorrectedRate",
+    "DatasetCard",
     "Difficulty",
     "EvoRefuse",
     "FactorisedSearch",
     "FailSafe",
     "FinetuningScan",
+    "FollowUpGame",
     "Gap",
     "GapBounds",
     "GroupGap",
@@ -160,6 +169,7 @@ __all__ = [
     "ResponseRates",
     "RougeL",
     "SafeAnswerRefusal",
+    "Sensitivity",
     "SignFlip",
     "SorryBench",
     "StrongReject",
@@ -169,6 +179,7 @@ __all__ = [
     "TriggerSearch",
     "TsetlinMachine",
     "TsetlinTextClassifier",
+    "UserType",
     "adjust_pvalues",
     "agreement",
     "attempts_curve",
@@ -183,6 +194,7 @@ __all__ = [
     "cka_shards",
     "clustered_mean",
     "cohen_kappa",
+    "constructive_scores",
     "corrected_rate",
     "dart_difficulty",
     "embedding_clusters",

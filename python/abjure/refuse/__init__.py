@@ -76,6 +76,7 @@ from .guard import ForgetTarget, GateDecision, Guard, GuardedReplies, GuardProce
 from .heads import Head, HeadAttribution, ablating_heads, attribute_heads, head_contributions
 from .hooks import Recording, ablating, recording, steering
 from .key_phrases import extract_phrases
+from .labelled import LabelledContrast
 from .latent_guard import Beliefs, LatentGuard
 from .model_edit import ModelEditReport, orthogonalize_model_
 from .phrases import ForbiddenPhrases
@@ -150,6 +151,7 @@ __all__ = [
     "GuardedReplies",
     "Head",
     "HeadAttribution",
+    "LabelledContrast",
     "LatentGuard",
     "LayerProbes",
     "LeakReport",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .files import audit_dataset, audit_refusals
 from .finetuning import FinetuningScan, scan_finetuning_set
 from .shift import GroupGap, GroupShift, PairedShift, RefusalShift, refusal_shift
 from .triggers import Trigger, TriggerSearch, embedding_clusters, search_triggers
@@ -14,6 +15,8 @@ __all__ = [
     "RefusalShift",
     "Trigger",
     "TriggerSearch",
+    "audit_dataset",
+    "audit_refusals",
     "embedding_clusters",
     "refusal_shift",
     "scan_finetuning_set",
