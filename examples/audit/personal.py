@@ -4,8 +4,8 @@
     python examples/audit/personal.py --quick                   # a tiny random model, seconds
 
 The texts are messages of a public chat corpus (``pip install chitchat-dataset``, MIT licence). For each of the users
-with most messages, messages are cut by time: the first part is theirs to use, the last is held out. A language model reads
-the held-out messages after what the partner said,
+with most messages, messages are cut by time: the first part is theirs to use, the last is held out. A language model
+reads the held-out messages after what the partner said,
 
 - as it is (zero-shot),
 - with the user's three nearest earlier messages in front, found by :class:`abjure.forget.PermittedIndex`, whose policy
