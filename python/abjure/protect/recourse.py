@@ -21,6 +21,8 @@ Deleted = Literal["refit", "newton", "influence"]
 
 #: Sets up to which a result is checked by fitting again without each of them.
 EXHAUSTIVE = 2000
+#: Records beyond k that an exchange tries, and how often it goes through the set.
+RESERVE, SWEEPS = 8, 2
 #: How far beyond the threshold a solution is asked to go, relative to what it lacks.
 OVERSHOOT = 1e-7
 #: The certified optimum is known within this factor when the search ends.
@@ -260,7 +262,7 @@ class DeletionModel:
         search = _Search(self, k, sign)
         problem = _Problem(start, scales, low - start, high - start, cost)
         if features is None:
-            delta, found, rounds = search.solve(problem, target, method, max_rounds)
+            delta, found, rounds = search.solve(problem, target, method, max_rounds, exhaustive)
         else:
             delta, found, rounds = search.solve_features(problem, target, method, max_rounds, features)
         x = start + delta
@@ -311,8 +313,8 @@ def robust_recourse(
             * ``bounds``: ``{feature: (low, high)}``, or ``(low, high)`` for all (numbers or ``(d,)``).
             * ``features``: a torch function from an input ``(1, d)`` to an embedding, for models of a last layer: the
               search then moves the input, step by step along the gradient (a local optimum; not with tables).
-            * ``max_rounds`` (100), and ``exhaustive`` (2000): number of sets up to which the result is also checked by
-              fitting again without each.
+            * ``max_rounds`` (100), and ``exhaustive`` (2000): number of sets up to which ``"refit"`` looks at every one
+              of them before it ends, and the result is checked against all.
 
     Returns:
         The change with its cost, and its scores after deletion by every method. ``found`` is False, and ``x`` the
@@ -372,9 +374,27 @@ class _Search:
         if method == "influence":
             # First order is its own worst case.
             sets = {tuple(self.native.worst(self.sign * q, self.k, False))}
-        found = [(float(q @ self.theta(s, method)), s) for s in sorted(sets)]
-        score, records = min(found)
+        score, records = min((float(q @ self.theta(s, method)), s) for s in sorted(sets))
+        if deep and method != "influence":
+            score, records = self._exchange(q, score, records, method)
         return score, records, self.theta(records, method)
+
+    def _exchange(self, q: Array, score: float, records: tuple[int, ...], method: str) -> tuple[float, tuple[int, ...]]:
+        """Exchanges records of the set for others that hurt, one by one, as long as that makes the score worse."""
+        effects = self.native.effects(self.sign * q) / np.maximum(1 - self.native.leverages, 1e-12)
+        others = [int(i) for i in np.argsort(effects, kind="stable")[: self.k + RESERVE] if effects[i] < 0]
+        for _ in range(SWEEPS):
+            before = score
+            for place in range(max(len(records), 1)):
+                for new in others:
+                    if new not in records:
+                        trial = tuple(sorted({*records[:place], *records[place + 1 :], new}))
+                        value = float(q @ self.theta(trial, method))
+                        if value < score:
+                            score, records = value, trial
+            if score == before:
+                break
+        return score, records
 
     def bound(self, q: Array, kind: bool) -> tuple[float, Array] | None:
         found = self.native.bound(self.sign * q, self.k, kind)
@@ -389,17 +409,22 @@ class _Search:
         bounds = [b[0] for b in (self.bound(q, False), self.bound(q, True)) if b is not None]
         found["certified"] = self.sign * max(bounds) if bounds else None
         found["exhaustive"] = None
-        sets = sum(math.comb(self.native.rows, i) for i in range(self.k + 1))
-        if sets <= exhaustive:
-            score, records = self.native.exhaust(self.sign * q, self.k, sets)
+        if self.sets() <= exhaustive:
+            score, records = self.native.exhaust(self.sign * q, self.k, exhaustive)
             found["exhaustive"] = self.sign * score
             if score < self.sign * float(found["refit"] or 0.0):
                 deleted = tuple(records)
         return found, np.array(deleted, dtype=np.int64)
 
-    def solve(self, problem: _Problem, target: float, method: str, max_rounds: int) -> tuple[Array, bool, int]:
+    def sets(self) -> int:
+        """Number of sets of at most k records."""
+        return sum(math.comb(self.native.rows, i) for i in range(self.k + 1))
+
+    def solve(
+        self, problem: _Problem, target: float, method: str, max_rounds: int, exhaustive: int
+    ) -> tuple[Array, bool, int]:
         if method != "certified":
-            return self._cut(problem, target, method, max_rounds)
+            return self._cut(problem, target, method, max_rounds, exhaustive)
         start = self._extend(problem.start)
         kinds = [kind for kind in (False, True) if self.bound(start, kind) is not None]
         if not kinds:
@@ -414,7 +439,9 @@ class _Search:
     def _extend(self, x: Array) -> Array:
         return np.ascontiguousarray(self.model._extended(x))
 
-    def _cut(self, problem: _Problem, target: float, method: str, max_rounds: int) -> tuple[Array, bool, int]:
+    def _cut(
+        self, problem: _Problem, target: float, method: str, max_rounds: int, exhaustive: int
+    ) -> tuple[Array, bool, int]:
         goal, d = self.sign * target, len(problem.start)
         cuts: list[Array] = []
         need: list[float] = []
@@ -425,6 +452,11 @@ class _Search:
             if score >= goal:
                 # The slower search only where the quick one finds nothing more.
                 score, records, theta = self.worst(self._extend(problem.start + delta), method, deep=True)
+            if score >= goal and method == "refit" and self.sets() <= exhaustive:
+                q = self._extend(problem.start + delta)
+                score, chosen = self.native.exhaust(self.sign * q, self.k, exhaustive)
+                records = tuple(chosen)
+                theta = self.theta(records, method)
             if score >= goal:
                 return delta, True, rounds
             if records in seen:
