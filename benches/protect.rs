@@ -9,6 +9,8 @@ use abjure::protect::ascent::{Against, Batch, Per, Plan, ascend};
 use abjure::protect::bandwidth;
 use abjure::protect::cross::{self, CentreGradient, Centres, Queries};
 use abjure::protect::project::{Limits, Norm};
+use abjure::protect::recourse::{Deletion, How, Loss};
+use abjure::protect::tree;
 use abjure::protect::{
     LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spare, Spec, mean, pairs,
 };
@@ -187,6 +189,68 @@ fn steps<R: Scalar + Element<Acc = R>>(c: &mut Criterion, n: usize) {
     }
 }
 
+fn deletions(c: &mut Criterion) {
+    let (n, d, never) = (2000, 30, Cancel::new());
+    let x = uniform::<f64>(n * d, 1, -1.0, 1.0);
+    let noise = uniform::<f64>(n, 2, -1.0, 1.0);
+    let y: Vec<f64> = (0..n)
+        .map(|i| f64::from(u8::from(x[i * d] + x[i * d + 1] + noise[i] > 0.0)))
+        .collect();
+    let model = Deletion::fit(x, y, vec![1.0; d], Loss::Logistic, &never).expect("a minimum");
+    let mut g = group(c, "refit_without_a_record");
+    ours(&mut g, "float64", || {
+        model
+            .without(black_box(&[7]), How::Refit, &never)
+            .expect("a minimum")
+    });
+    let setup = format!(
+        "import numpy as np\nrng = np.random.default_rng(0)\nx = rng.uniform(-1, 1, ({n}, {d}))\n\
+         y = (x[:, 0] + x[:, 1] + rng.uniform(-1, 1, {n}) > 0).astype(float)\n\
+         theta = refit_without(x, y, 1.0, np.zeros({d}), [7])[0]"
+    );
+    let form = "refit_without(x, y, 1.0, theta, [7])";
+    baseline(&mut g, "NumPy, Newton", "float64", &setup, form);
+    g.finish();
+}
+
+fn trees(c: &mut Criterion) {
+    let (n, d, codes, never) = (50_000, 30, 64, Cancel::new());
+    let x: Vec<u16> = (0..n * d)
+        .map(|i| (common::hash(i) % codes) as u16)
+        .collect();
+    let (y, s): (Vec<i64>, Vec<i64>) = (0..n)
+        .map(|i| {
+            let own = &x[i * d..];
+            let noise = (common::hash(i + n * d) % 40) as u16;
+            (
+                i64::from(own[0] + own[1] / 2 + noise > 68),
+                i64::from(own[2] + noise > 52),
+            )
+        })
+        .unzip();
+    let targets = [y, s].map(|t| tree::Target::new(&t, 2, n).expect("labels"));
+    let limits = tree::Limits {
+        alpha: 0.7,
+        leaves: 20,
+        leaf_rows: 20,
+        depth: usize::MAX,
+        features: d,
+    };
+    let mut g = group(c, "privacy_aware_tree");
+    ours(&mut g, "uint16", || {
+        let codes = tree::Codes::new(black_box(&x), d).expect("rows");
+        tree::grow(codes, &targets, limits, None, &never).expect("not cancelled")
+    });
+    let setup = format!(
+        "import numpy as np\nrng = np.random.default_rng(0)\nx = rng.integers(0, {codes}, ({n}, {d})).astype(np.uint16)\n\
+         y = (x[:, 0] + x[:, 1] // 2 + rng.integers(0, 40, {n}) > 68).astype(int)\n\
+         s = (x[:, 2] + rng.integers(0, 40, {n}) > 52).astype(int)"
+    );
+    let form = "grow_tree(x, [y, s], [2, 2], 0.7, 20, 20)";
+    baseline(&mut g, "NumPy, bincount", "uint16", &setup, form);
+    g.finish();
+}
+
 fn all(c: &mut Criterion) {
     common::machine(c);
     common::matmul::<f32>(c);
@@ -195,6 +259,8 @@ fn all(c: &mut Criterion) {
     objectives::<f64>(c, 2000);
     steps::<f32>(c, 4000);
     steps::<f64>(c, 2000);
+    deletions(c);
+    trees(c);
 }
 
 criterion_group!(benches, all);

@@ -1,4 +1,4 @@
-"""The Bayes error and the ascent against the same formulas in plain torch."""
+"""The Bayes error and the ascent against the same formulas in plain torch; deletions and trees against NumPy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..protect import bayes_error_gradient, maximize_bayes_error
+from ..protect import DeletionModel, bayes_error_gradient, maximize_bayes_error
+from ..protect._trees import grow
 from . import plain
 from .timing import Row, compare
 
@@ -67,3 +68,33 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
             theirs,
             flops=steps * (2.0 if per == "class" else 4.0) * batch[0] * batch[1] * FEATURES,
         )
+    yield from _deletions(scale)
+    yield _tree(scale)
+
+
+def _deletions(scale: float) -> Iterator[Row]:
+    n, d = max(int(2000 * scale), 100), 30
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, d))
+    y = (x[:, :5].sum(axis=1) + rng.normal(size=n) * 2 > 0).astype(np.float64)
+    model = DeletionModel(x, y, penalty=1.0, intercept=None)
+    theta, records = model.coef, list(range(min(n, 50)))
+    ours, theirs = compare(
+        lambda: [model.without([i]) for i in records], lambda: plain.refit_without(x, y, 1.0, theta, records), repeats=3
+    )
+    case = f"{len(records)} refits without one record, logistic, {n} × {d}"
+    yield Row("DeletionModel.without", case, ours, "NumPy, Newton", theirs)
+
+
+def _tree(scale: float) -> Row:
+    n, d, codes = max(int(50_000 * scale), 500), 30, 64
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, codes, size=(n, d)).astype(np.uint16)
+    y = (x[:, 0] + x[:, 1] // 2 + rng.integers(0, 40, n) > 68).astype(np.int64)
+    s = (x[:, 2] + rng.integers(0, 40, n) > 52).astype(np.int64)
+    ours, theirs = compare(
+        lambda: grow(x, [y, s], [2, 2], alpha=0.7, max_leaf_nodes=20, min_samples_leaf=20),
+        lambda: plain.grow_tree(x, [y, s], [2, 2], 0.7, 20, 20),
+        repeats=3,
+    )
+    return Row("privacy-aware tree", f"20 leaves, {n} × {d} codes below {codes}", ours, "NumPy, bincount", theirs)
