@@ -22,6 +22,7 @@ from .disagreement import (
     head_information,
     open_set_score,
 )
+from .features import FeatureMap
 from .images import (
     ClassPerturbation,
     ImageFolder,
@@ -54,6 +55,7 @@ __all__ = [
     "ClassPerturbation",
     "ColumnMinimizer",
     "DeletionModel",
+    "FeatureMap",
     "Front",
     "Gradient",
     "ImageFolder",

@@ -318,7 +318,7 @@ def smoothed_error(
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise ArgumentError(f"draws: expected a whole number above 1, got {draws!r}")
     data = prepare(x, y)
-    points = _arithmetic(data.matrix)
+    points = arithmetic(data.matrix)
     random = np.random.default_rng(seed)
     pick = random.integers(0, len(points), draws)
     queries = points[pick] + float(bandwidth) * random.standard_normal((draws, points.shape[1]), dtype=points.dtype)
@@ -339,7 +339,7 @@ def smoothed_error(
     return SmoothedError(found.plugin, error, draws, float(bandwidth), rows, features, len(data.classes), level)
 
 
-def _arithmetic(matrix: Any) -> Array:
+def arithmetic(matrix: Any) -> Array:
     """Rows as NumPy f32, or f64 where they are."""
     if _interop.is_torch(matrix):
         import torch

@@ -424,6 +424,5 @@ def _space(array: Any, pick: Array, features: Any) -> Any:
     """Rows ``pick`` as the kernels read them, through the feature map if there is one."""
     part = array[pick]
     part = unit(part) if is_bytes(part) else part
-    if features is not None:
-        return features(part)
-    return rows(part, "x")[0]
+    matrix = rows(part, "x")[0]
+    return matrix if features is None else features(matrix)

@@ -45,6 +45,12 @@ def is_path(x: object) -> bool:
     return isinstance(x, (str, os.PathLike))
 
 
+def is_within(x: Any, directory: Path) -> bool:
+    """Whether ``x`` is the memory map of a file in ``directory``."""
+    name = getattr(x, "filename", None)
+    return name is not None and Path(name).parent == directory
+
+
 def load_array(x: Any, arg: str, key: str | None = None) -> Any:
     """``x`` itself, or the read-only memory map of the file that it names.
 
