@@ -164,6 +164,7 @@ fn steps<R: Scalar + Element<Acc = R>>(c: &mut Criterion, n: usize) {
             seed: 0,
             jitter: 0.0,
             levels: None,
+            truncate: None,
         };
         let mut g = group(c, &format!("ascent_{STEPS}_steps_per_{name}"));
         g.throughput(flops(

@@ -305,7 +305,7 @@ def ascend(
     options: dict[str, Any],
     plan: dict[str, Any],
     progress: Callable[[int], object] | None = None,
-) -> tuple[list[float], list[tuple[int, float]], int]: ...
+) -> tuple[list[float], list[tuple[int, float]], int, float]: ...
 
 # measure: matching
 def match_phrases(

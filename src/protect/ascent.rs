@@ -7,6 +7,7 @@ use super::points::{Points, Sorted, mean, order_by_class};
 use super::project::{Limits, Norm};
 use super::spare::Spare;
 use super::tile::Scalar;
+use super::truncated::Neighbourhoods;
 use crate::cancel::Cancel;
 use crate::element::Element;
 use crate::random::Random;
@@ -54,6 +55,9 @@ pub struct Plan {
     pub jitter: f64,
     /// Published values are multiples of one over this.
     pub levels: Option<f64>,
+    /// Part of each class's centres that a block of queries sees; all of them if `None`. For perturbations by class
+    /// against clean, all rows in every step.
+    pub truncate: Option<f64>,
 }
 
 /// What happened.
@@ -65,6 +69,8 @@ pub struct Trace {
     pub checks: Vec<(usize, f64)>,
     /// Steps behind the published iterate.
     pub best: usize,
+    /// How far its objective can be from that of all centres; 0 where all are seen.
+    pub bound: f64,
 }
 
 /// A perturbation, as one row per class or one per data row.
@@ -72,6 +78,20 @@ pub struct Trace {
 enum Delta<R> {
     Class(Vec<R>),
     Sample(Vec<R>),
+}
+
+impl<R: Copy> Delta<R> {
+    /// Takes over the values of a perturbation of the same form; false if it is of another.
+    fn copy_from(&mut self, other: &Self) -> bool {
+        let (to, from) = match (self, other) {
+            (Self::Class(to), Self::Class(from)) | (Self::Sample(to), Self::Sample(from)) => {
+                (to, from)
+            }
+            _ => return false,
+        };
+        to.copy_from_slice(from);
+        true
+    }
 }
 
 struct Run<'a, T: Element> {
@@ -83,6 +103,7 @@ struct Run<'a, T: Element> {
     full: bool,
     cancel: &'a Cancel,
     spare: Spare<T::Acc>,
+    near: Option<Neighbourhoods<T::Acc>>,
 }
 
 /// The rows of one step.
@@ -93,6 +114,7 @@ struct Draw {
 
 struct Best<R> {
     value: f64,
+    bound: f64,
     step: usize,
     delta: Delta<R>,
 }
@@ -109,7 +131,7 @@ pub fn ascend<T: Element<Acc: Scalar>>(
     cancel: &Cancel,
 ) -> Result<Trace> {
     let n = x.rows();
-    let run = Run {
+    let mut run = Run {
         x,
         labels,
         plan,
@@ -117,7 +139,22 @@ pub fn ascend<T: Element<Acc: Scalar>>(
         full: plan.batch.queries >= n && plan.batch.centres >= n,
         cancel,
         spare: Spare::default(),
+        near: None,
     };
+    if let Some(share) = plan.truncate {
+        if !run.full || plan.against != Against::Clean || plan.per != Per::Class {
+            let expected = "all rows in every step, one perturbation per class, against clean";
+            return Err(crate::Error::value("truncate", expected, "another ascent"));
+        }
+        let clean = Sorted::all(x, labels, plan.spec.classes, &run.mean);
+        let radius = match plan.limits.norm {
+            Norm::Linf => plan.limits.epsilon * (x.width() as f64).sqrt(),
+            Norm::L2 => plan.limits.epsilon,
+        };
+        let tick = || cancel.check();
+        let near = Neighbourhoods::build(&plan.spec, &clean, share, radius, plan.seed, &tick)?;
+        run.near = Some(near);
+    }
     let mut random = Random::new(plan.seed);
     let mut trace = Trace::default();
     let share = match plan.per {
@@ -158,6 +195,7 @@ pub fn ascend<T: Element<Acc: Scalar>>(
     }
     if let Some(best) = best {
         trace.best = best.step;
+        trace.bound = best.bound;
         run.publish(&best.delta, out);
     }
     Ok(trace)
@@ -239,16 +277,31 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
         random: &mut Random,
         trace: &mut Trace,
     ) -> Result<Best<T::Acc>> {
-        let mut keep = |value: f64, step: usize, delta: &Delta<T::Acc>, trace: &mut Trace| {
-            trace.checks.push((step, value));
-            if best.as_ref().is_none_or(|b| value > b.value) {
+        let mut keep =
+            |found: (f64, f64), step: usize, delta: &Delta<T::Acc>, trace: &mut Trace| {
+                let (value, bound) = found;
+                trace.checks.push((step, value));
+                if best.as_ref().is_some_and(|b| value <= b.value) {
+                    return;
+                }
+                // In the place of the last best where it has the same form: a row per row of data is as much as the data.
+                let delta = match best.take().map(|b| b.delta) {
+                    Some(mut kept) => {
+                        if kept.copy_from(delta) {
+                            kept
+                        } else {
+                            delta.clone()
+                        }
+                    }
+                    None => delta.clone(),
+                };
                 best = Some(Best {
                     value,
+                    bound,
                     step,
-                    delta: delta.clone(),
+                    delta,
                 });
-            }
-        };
+            };
         // The rows of the checks are a stream of their own, the same in every phase.
         let fixed = self.draw(&mut Random::new(!self.plan.seed));
         let mut delta = start;
@@ -257,24 +310,19 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
             let drawn = (!self.full).then(|| self.draw(random));
             let on_schedule = (step - range.start).is_multiple_of(self.check_every());
             if !self.full && on_schedule {
-                keep(self.evaluate(&delta, &fixed, false)?.0, step, &delta, trace);
+                keep(self.check(&delta, &fixed)?, step, &delta, trace);
             }
             let rows = drawn.as_ref().unwrap_or(&fixed);
-            let (value, gradient) = self.evaluate(&delta, rows, true)?;
+            let (value, gradient, bound) = self.evaluate(&delta, rows, true)?;
             if self.full {
-                keep(value, step, &delta, trace);
+                keep((value, bound), step, &delta, trace);
             }
             trace.steps.push(value);
             self.step(&mut delta, &gradient, limits);
             self.spare.give(gradient.values);
             self.cancel.advance(1);
         }
-        keep(
-            self.evaluate(&delta, &fixed, false)?.0,
-            range.end,
-            &delta,
-            trace,
-        );
+        keep(self.check(&delta, &fixed)?, range.end, &delta, trace);
         // `keep` has just stored something if nothing was there before.
         best.ok_or(crate::Error::Interrupted)
     }
@@ -303,19 +351,37 @@ impl<T: Element<Acc: Scalar>> Run<'_, T> {
         }
     }
 
+    /// Objective of `rows` and how far off it can be.
+    fn check(&self, delta: &Delta<T::Acc>, rows: &Draw) -> Result<(f64, f64)> {
+        let (value, _, bound) = self.evaluate(delta, rows, false)?;
+        Ok((value, bound))
+    }
+
     /// Objective and gradient: for `Delta::Class` one row per class, for `Delta::Sample` rows of the data set with their
-    /// index.
+    /// index; and how far off the objective can be.
     fn evaluate(
         &self,
         delta: &Delta<T::Acc>,
         rows: &Draw,
         gradient: bool,
-    ) -> Result<(f64, Gradient<T::Acc>)> {
+    ) -> Result<(f64, Gradient<T::Acc>, f64)> {
         let centres = self.published(delta, &rows.centres);
-        match self.plan.against {
+        if let Some(near) = &self.near {
+            let tick = || self.cancel.check();
+            let spec = &self.plan.spec;
+            let out = near.evaluate(spec, &centres.points, &centres.segments, gradient, &tick)?;
+            self.spare.give(centres.points.into_buffer());
+            let found = Gradient {
+                rows: (0..spec.classes as u32).collect(),
+                values: out.gradient,
+            };
+            return Ok((out.mean.value, found, out.bound));
+        }
+        let (value, found) = match self.plan.against {
             Against::Clean => self.against_clean(delta, centres, rows, gradient),
             Against::Published => self.against_published(delta, centres, gradient),
-        }
+        }?;
+        Ok((value, found, 0.0))
     }
 
     fn against_clean(

@@ -19,6 +19,7 @@ mod spare;
 pub mod subsample;
 mod tile;
 pub mod tree;
+pub mod truncated;
 
 pub use objective::{LeaveOneOut, Objective, RowReading, Singleton, Spec};
 pub use points::{Points, Sorted, mean};

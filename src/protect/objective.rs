@@ -173,6 +173,84 @@ impl<'a> Posterior<'a> {
         self.spec.singleton == Singleton::Keep || left > 0.0
     }
 
+    /// Log of each class's share of the density at a query, up to what all classes have in common.
+    fn log_joint<R: Scalar>(
+        &self,
+        own: Option<usize>,
+        least: &[R],
+        sums: &[f64],
+        k: f64,
+        out: &mut [f64],
+    ) {
+        for c in 0..self.spec.classes {
+            let corrected = self.spec.leave_one_out == LeaveOneOut::Corrected && own == Some(c);
+            let members = self.counts[c] - f64::from(u8::from(corrected));
+            out[c] = if sums[c] > 0.0 && members > 0.0 {
+                sums[c].ln() - least[c].to_f64() * k + self.log_priors[c] - members.ln()
+            } else {
+                f64::NEG_INFINITY
+            };
+        }
+    }
+
+    /// How far the objective of one query can be from its value at `found` if every class sum lies between `low` and `high`.
+    pub fn error<R: Scalar>(
+        &self,
+        query: Query,
+        found: ClassSums<'_, R>,
+        low: ClassSums<'_, R>,
+        high: ClassSums<'_, R>,
+        scratch: &mut Scratch,
+    ) -> f64 {
+        let classes = self.spec.classes;
+        let own = self.own_class(query);
+        let mut total = 0.0;
+        for (b, h) in self.spec.bandwidths.iter().enumerate() {
+            let k = inverse_width::<R>(*h).to_f64();
+            let part = b * classes..(b + 1) * classes;
+            let log = |of: ClassSums<'_, R>, out: &mut [f64]| {
+                self.log_joint(own, of.least, &of.sums[part.clone()], k, out);
+            };
+            log(found, &mut scratch.log_joint);
+            log(low, &mut scratch.p);
+            log(high, &mut scratch.q);
+            let share = |own: f64, c: usize, others: &[f64]| {
+                if own == f64::NEG_INFINITY {
+                    return 0.0;
+                }
+                let others = (others.iter().enumerate()).filter(|(o, _)| *o != c);
+                1.0 / (1.0 + others.map(|(_, l)| (l - own).exp()).sum::<f64>())
+            };
+            let spread = |c: usize| {
+                let p = share(scratch.log_joint[c], c, &scratch.log_joint);
+                (
+                    p,
+                    share(scratch.p[c], c, &scratch.q),
+                    share(scratch.q[c], c, &scratch.p),
+                )
+            };
+            let each = (0..classes).map(spread);
+            total += match self.spec.objective {
+                Objective::Soft | Objective::SoftCapped => {
+                    let (p, low, high) = spread(query.label);
+                    (high - p).max(p - low)
+                }
+                Objective::Nll => {
+                    let (p, low, high) = spread(query.label);
+                    (high / p).ln().max((p / low).ln())
+                }
+                Objective::Plugin => {
+                    let far = each.map(|(p, low, high)| (high - p).max(p - low));
+                    far.fold(0.0, f64::max)
+                }
+                Objective::Gini | Objective::SoftmaxTau(_) | Objective::Entropy => each
+                    .map(|(p, low, high)| (high * high - p * p).max(p * p - low * low))
+                    .sum(),
+            };
+        }
+        total / self.spec.bandwidths.len() as f64
+    }
+
     /// One query: from its class sums to the readings, the posterior (mean over bandwidths, added to `posterior`) and, per
     /// bandwidth and class, the factor of those exponentials in the gradient: `∂φ/∂L · 2 (1/2h²) / (Σ exp · H · rows)`.
     pub fn row<R: Scalar>(
@@ -195,15 +273,7 @@ impl<'a> Posterior<'a> {
         for (b, h) in spec.bandwidths.iter().enumerate() {
             let k = inverse_width::<R>(*h).to_f64();
             let sums = &sums[b * spec.classes..][..spec.classes];
-            for c in 0..spec.classes {
-                let corrected = spec.leave_one_out == LeaveOneOut::Corrected && own == Some(c);
-                let members = self.counts[c] - f64::from(u8::from(corrected));
-                scratch.log_joint[c] = if sums[c] > 0.0 && members > 0.0 {
-                    sums[c].ln() - least[c].to_f64() * k + self.log_priors[c] - members.ln()
-                } else {
-                    f64::NEG_INFINITY
-                };
-            }
+            self.log_joint(own, least, sums, k, &mut scratch.log_joint);
             let reading = read(spec.objective, query.label, scratch);
             total.add(&reading, share);
             if let Some(p) = posterior.as_deref_mut() {

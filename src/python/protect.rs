@@ -578,8 +578,8 @@ fn find_bandwidth(
     })
 }
 
-/// Objective by step, checks as (steps, objective), and the steps behind what was kept.
-type Course = (Vec<f64>, Vec<(usize, f64)>, usize);
+/// Objective by step, checks as (steps, objective), the steps behind what was kept, and how far its objective can be off.
+type Course = (Vec<f64>, Vec<(usize, f64)>, usize, f64);
 
 /// Projected gradient ascent from `x`; the best iterate goes to `out`. Returns the trace.
 #[pyfunction]
@@ -605,7 +605,7 @@ fn ascend(
         let codes = labels(&y, "y", x.rows(), classes)?;
         let out = target.rows_mut::<T>()?;
         let trace = run_long(py, progress, |cancel| ascent::ascend(&x, &codes, &plan, out, cancel))?;
-        Ok((trace.steps, trace.checks, trace.best))
+        Ok((trace.steps, trace.checks, trace.best, trace.bound))
     })
 }
 
@@ -627,6 +627,7 @@ struct PlanArgument {
     seed: u64,
     jitter: f64,
     levels: Option<f64>,
+    truncate: Option<f64>,
 }
 
 impl PlanArgument {
@@ -678,6 +679,7 @@ impl PlanArgument {
             seed: self.seed,
             jitter: self.jitter,
             levels: self.levels,
+            truncate: self.truncate,
         })
     }
 }

@@ -137,6 +137,32 @@ def test_several_bandwidths_and_defaults():
     assert published.bandwidth[0] == pytest.approx(3.5 * abjure.protect.bandwidth(x, y))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_truncated_sums_keep_their_bound(dtype):
+    x, y = images(900, dtype=dtype)
+    options = {"epsilon": 0.03, "steps": 10, "batch": None, "certificate_subsamples": 0}
+    exact = maximize_bayes_error(x, y, bandwidth=0.2, **options)
+    got = maximize_bayes_error(x, y, bandwidth=0.2, truncate=0.25, **options)
+    # In their clean places all centres are accounted for.
+    assert got.trace.steps[0] == pytest.approx(exact.trace.steps[0], abs=1e-5)
+    assert exact.trace.error_bound == 0
+    claimed = got.trace.checks[:, 1].max()
+    true = bayes_error(got.x, y, queries=x, bandwidth=0.2, objective="soft").value
+    assert 0 < abs(claimed - true) <= got.trace.error_bound < 0.3
+    # What it is good for: as high an exact objective, nearly.
+    reached = bayes_error(exact.x, y, queries=x, bandwidth=0.2, objective="soft").value
+    assert true - exact.trace.steps[0] > 0.9 * (reached - exact.trace.steps[0])
+    whole = maximize_bayes_error(x, y, bandwidth=0.2, truncate=0.9999, **options)
+    np.testing.assert_allclose(whole.trace.steps, exact.trace.steps, rtol=1e-9 if dtype == np.float64 else 1e-4)
+    assert whole.trace.error_bound < 1e-6
+    before = abjure.get_num_threads()
+    try:
+        abjure.set_num_threads(1)
+        assert np.array_equal(maximize_bayes_error(x, y, bandwidth=0.2, truncate=0.25, **options).x, got.x)
+    finally:
+        abjure.set_num_threads(before)
+
+
 def test_duplicates_part_under_jitter():
     x, y = images(60)
     x[1] = x[0]
@@ -201,6 +227,13 @@ X, Y = images(30)
         (abjure.ArgumentError, "certificate_rows: expected", {"certificate_rows": 1}),
         (abjure.ArgumentError, "quantize: expected values of x", {"quantize": 255}),
         (abjure.ArgumentError, "bandwidth: expected", {"bandwidth": -1.0}),
+        (abjure.ArgumentError, "truncate: expected a number", {"truncate": 1.0}),
+        (abjure.ArgumentError, 'truncate: expected with per="class"', {"truncate": 0.2, "per": "sample"}),
+        (abjure.ArgumentError, 'expected with against="clean"', {"truncate": 0.2, "against": "published"}),
+        (abjure.ArgumentError, "expected with another objective", {"truncate": 0.2, "objective": "entropy"}),
+        (abjure.ArgumentError, "expected with batch=None", {"truncate": 0.2, "batch": (10, 20)}),
+        (abjure.ArgumentError, "expected with no features", {"truncate": 0.2, "momentum": 0.5}),
+        (abjure.ArgumentError, "expected with no out", {"truncate": 0.2, "patience": 3}),
     ],
 )
 def test_bad_options(error, match, options):

@@ -15,6 +15,8 @@ from .timing import Row, compare
 CLASSES = 10
 FEATURES = 784
 BANDWIDTH = 2.0
+#: Part of the centres that a truncated step looks at.
+SHARE = 0.125
 Array = np.ndarray[Any, Any]
 
 
@@ -68,6 +70,7 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
             theirs,
             flops=steps * (2.0 if per == "class" else 4.0) * batch[0] * batch[1] * FEATURES,
         )
+    yield from _full_steps(x, y, n)
     yield from _deletions(scale)
     yield _tree(scale)
 
@@ -98,3 +101,46 @@ def _tree(scale: float) -> Row:
         repeats=3,
     )
     return Row("privacy-aware tree", f"20 leaves, {n} × {d} codes below {codes}", ours, "NumPy, bincount", theirs)
+
+
+def _full_steps(x: Array, y: Array, n: int) -> Iterator[Row]:
+    """A step of all rows: how it grows with their number, and what centres near their queries alone save."""
+
+    def seconds(rows: int, truncate: float | None) -> float:
+        def run(steps: int) -> object:
+            return maximize_bayes_error(
+                x[:rows],
+                y[:rows],
+                epsilon=8 / 255,
+                steps=steps,
+                step_size=1e-3,
+                bandwidth=BANDWIDTH,
+                batch=None,
+                truncate=truncate,
+                certificate_rows=64,
+                certificate_subsamples=0,
+                certificate_draws=2,
+            )
+
+        # What a run does beside its steps, above all the pass that picks the centres, is in both.
+        long, short = compare(lambda: run(4), lambda: run(1), repeats=1)
+        return max(long - short, 1e-9) / 3
+
+    whole, half, near = seconds(n, None), seconds(n // 2, None), seconds(n, SHARE)
+    flops = 2.0 * n * n * FEATURES
+    yield Row(
+        "maximize_bayes_error",
+        f"a step of all {n} rows, f32",
+        whole,
+        "half of the rows (0.25 is n²)",
+        half,
+        flops=flops,
+    )
+    yield Row(
+        "maximize_bayes_error, truncate",
+        f"a step of all {n} rows, {SHARE} of the centres, f32",
+        near,
+        "all centres",
+        whole,
+        flops=SHARE * flops,
+    )

@@ -55,6 +55,8 @@ class Trace:
     checks: Array
     #: Steps behind the iterate that was kept.
     best: int
+    #: How far its objective can be from that of all centres (``truncate``); 0 where all were seen.
+    error_bound: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,7 @@ def maximize_bayes_error(
     patience: int | None = None,
     tolerance: float = 1e-3,
     batch: tuple[int, int] | int | Literal["auto"] | None = "auto",
+    truncate: float | None = None,
     quantize: int | None = None,
     class_share: float = 0.6,
     cap: bool = True,
@@ -340,6 +343,11 @@ def maximize_bayes_error(
         tolerance: see ``patience``.
         batch: rows drawn per step, ``(queries, centres)``; None takes all, ``"auto"`` takes all up to 4 000 rows and
             (2 000, 4 000) above. Against published only the second number counts.
+        truncate: all rows are queries and centres in every step, but each block of 128 neighbouring queries sees this
+            part of each class's centres, those that weigh most for it; the others stand still as a mass. One exact pass
+            picks them and bounds, for every perturbation within the budget, the error of the objective, which
+            ``trace.error_bound`` gives. For ``per="class"`` against clean, in memory; not for ``"entropy"`` and
+            ``"softmax_tau"``.
         quantize: values are multiples of ``1 / quantize`` and stay so, within ``floor(quantize · epsilon)`` levels.
         class_share: see ``per``.
         cap: see ``objective``.
@@ -402,6 +410,20 @@ def maximize_bayes_error(
         if value not in known:
             raise ArgumentError(f"{arg}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
+    if truncate is not None:
+        if not 0 < truncate < 1:
+            raise ArgumentError(f"truncate: expected a number between 0 and 1, got {truncate!r}")
+        for wrong, name in (
+            (per != "class", 'per="class"'),
+            (against != "clean", 'against="clean"'),
+            (objective in ("entropy", "softmax_tau"), "another objective"),
+            (batch not in ("auto", None), "batch=None, as all rows take part"),
+            (features is not None or protect is not None or momentum != 0, "no features, protect or momentum"),
+            (out is not None or checkpoint is not None or patience is not None, "no out, checkpoint or patience"),
+        ):
+            if wrong:
+                raise ArgumentError(f"truncate: expected with {name}")
+        batch = None
     maps = feature_maps(features)
     with _source(x, y, key, out) as (x, y, scratch):
         as_bytes = is_bytes(x)
@@ -443,6 +465,7 @@ def maximize_bayes_error(
             "seed": seed,
             "jitter": jitter,
             "levels": levels,
+            "truncate": truncate,
         }
         settings = {
             "epsilon": epsilon,
@@ -458,6 +481,7 @@ def maximize_bayes_error(
             "seed": seed,
             "bandwidths": [s.options["bandwidths"] for s in spaces],
             "momentum": momentum,
+            "truncate": truncate,
         }
         target = _Target(out, stored)
         plain = all(m.map is None for m in maps) and len(maps) == 1 and mask is None and momentum == 0
@@ -465,7 +489,7 @@ def maximize_bayes_error(
             if plain and held and patience is None and checkpoint is None:
                 matrix = data_matrix(stored)
                 published = _interop.empty_like(matrix)
-                taken, checks, best = _native.ascend(
+                taken, checks, best, off = _native.ascend(
                     matrix, codes, len(classes), published, spaces[0].options, plan, progress=report
                 )
                 result = published.reshape(_interop.shape(stored, "x"))
@@ -488,7 +512,7 @@ def maximize_bayes_error(
                 )
                 ascent = Ascent(climb)
                 state = ascent.run(report)
-                taken, checks, best = state.steps, state.checks, state.best_step
+                taken, checks, best, off = state.steps, state.checks, state.best_step, 0.0
                 with target as write:
                     ascent.publish(state, write)
                 result = target.result(x)
@@ -520,7 +544,7 @@ def maximize_bayes_error(
             features=(lambda part: first.map.values(arithmetic(part), rows.shape)) if mapped else None,
             settings=settings,
         )
-        trace = Trace(np.asarray(taken), np.asarray(checks, dtype=np.float64).reshape(-1, 2), best)
+        trace = Trace(np.asarray(taken), np.asarray(checks, dtype=np.float64).reshape(-1, 2), best, off)
         # Chunks are gone with the files they were put into.
         clean = None if scratch is not None and is_within(stored, scratch) else stored
         return Protected(result, clean, classes[codes], trace, certificate, tuple(bandwidths), settings, mask)
