@@ -380,12 +380,12 @@ class _Search:
         return score, records, self.theta(records, method)
 
     def _exchange(self, q: Array, score: float, records: tuple[int, ...], method: str) -> tuple[float, tuple[int, ...]]:
-        """Exchanges records of the set for others that hurt, one by one, as long as that makes the score worse."""
+        """Exchanges records of the set for others that hurt, or adds one, as long as that makes the score worse."""
         effects = self.native.effects(self.sign * q) / np.maximum(1 - self.native.leverages, 1e-12)
         others = [int(i) for i in np.argsort(effects, kind="stable")[: self.k + RESERVE] if effects[i] < 0]
         for _ in range(SWEEPS):
             before = score
-            for place in range(max(len(records), 1)):
+            for place in range(min(len(records) + 1, self.k)):
                 for new in others:
                     if new not in records:
                         trial = tuple(sorted({*records[:place], *records[place + 1 :], new}))
