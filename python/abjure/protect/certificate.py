@@ -24,8 +24,8 @@ from .sources import is_bytes, load_array, unit
 SENTENCE = "The budget is exact; the readings are estimates; nothing here bounds the accuracy on clean data."
 FORMAT = "abjure protect certificate 1"
 SUFFIX = ".certificate.json"
-#: Features above which the covariances of the Bhattacharyya bound would take longer than all else.
-GAUSSIAN_FEATURES = 1024
+#: Pairs of classes times cubed features above which the Bhattacharyya bound would take longer than all else.
+GAUSSIAN_WORK = 1e11
 #: Rows of a pass over the stored arrays.
 CHUNK_BYTES = 8 << 20
 
@@ -381,7 +381,7 @@ def certify(
         found: list[Bound] = []
         width = math.prod(_interop.shape(points, "x")[1:])
         for method in METHODS:
-            if method == "bhattacharyya" and width > GAUSSIAN_FEATURES:
+            if method == "bhattacharyya" and len(present) ** 2 / 2 * width**3 > GAUSSIAN_WORK:
                 continue
             try:
                 found += bayes_error_bounds(points, chosen, methods=(method,))
