@@ -246,7 +246,8 @@ def protect_images(
         resume: go on with the run that was begun in ``out`` with the same images and options.
         panels: examples per class in ``panels.png``; 0 for none.
         progress: bars; None shows them on a terminal.
-        **options: of :func:`maximize_bayes_error` (``steps``, ``per``, ``against``, ``bandwidth``, ``seed``, …).
+        **options: of :func:`maximize_bayes_error` (``steps``, ``per``, ``against``, ``features``, ``protect``, …). With
+            a ``checkpoint``, a file outside ``out``, an interrupted ascent goes on too; else it begins again.
 
     Raises:
         ArgumentError: ``out`` inside ``source`` or not empty, a run that is not the one begun, a full disk (what has
@@ -270,7 +271,7 @@ def protect_images(
     folder = read_folder(source, broken=broken)
     names = _names(folder.paths, format)
     settings = {"epsilon": epsilon, "format": format, "quality": quality, **options}
-    run = {"source_sha256": folder.digest, "settings": {k: repr(v) for k, v in sorted(settings.items())}}
+    run = {"source_sha256": folder.digest, "settings": {k: _told(v) for k, v in sorted(settings.items())}}
     if resume:
         _same_run(out, run)
     protected = _ascend(folder, out, run, epsilon, options, progress)
@@ -298,6 +299,13 @@ def protect_images(
     write_atomically(out / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
     shutil.rmtree(out / STATE, ignore_errors=True)
     return ProtectedFolder(out, protected, len(names), written, folder.broken, largest, lossy)
+
+
+def _told(value: Any) -> str:
+    """An option as text that is the same in another process."""
+    if hasattr(value, "__array__") or isinstance(value, (list, tuple)):
+        return repr(np.asarray(value).tolist())
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
 
 
 def _names(paths: list[Path], format: str) -> list[Path]:
@@ -346,7 +354,7 @@ def _ascend(
                 x=parts["x"],
                 clean=folder.pixels,
                 labels=folder.labels,
-                trace=Trace(parts["steps"], parts["checks"], int(parts["best"])),
+                trace=Trace(parts["steps"], parts["checks"], int(parts["best"]), float(parts["error_bound"])),
                 certificate=Certificate.load(state / CERTIFICATE),
                 bandwidth=tuple(parts["bandwidth"].tolist()),
                 settings=json.loads(str(parts["settings"])),
@@ -371,6 +379,7 @@ def _ascend(
             steps=found.trace.steps,
             checks=found.trace.checks,
             best=found.trace.best,
+            error_bound=found.trace.error_bound,
             bandwidth=np.array(found.bandwidth),
             settings=json.dumps(found.settings, default=str),
         )

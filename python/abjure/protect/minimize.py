@@ -1008,8 +1008,8 @@ class Front:
                 [p.utility for p in self.pareto(method)], [p.error for p in self.pareto(method)], label=method
             )
             axis.plot([p.utility for p in own], [p.error for p in own], "o", color=line.get_color(), markersize=4)
-        axis.axvline(self.utility_raw, linestyle=":", color="0.4")
-        axis.axhline(self.error_majority, linestyle="--", color="0.4")
+        axis.axvline(self.utility_raw, linestyle=":", color="0.4", label="all data")
+        axis.axhline(self.error_majority, linestyle="--", color="0.4", label="commonest value")
         axis.set(xlabel="accuracy of the task", ylabel=f"error of adversary {self.adversary}")
         axis.legend()
         return figure
