@@ -2,10 +2,9 @@
 
     python examples/checkpoint/kill.py [--kills 200] [--seed 0]
 
-Half of the runs are copies, half edits in place. One in eight is killed at any moment from its start on, the others at
-any moment from the first file they write on; runs that end before are not counted. After each: the source (of a copy)
-has its bytes; the result is absent, or right to the last bit; what can be loaded in place is the old model or the new
-one, never a mixture; and the next call completes. Ends with the counts, or with an AssertionError.
+Half of the kills hit a copy, half an edit in place. After each: the source (of a copy) has its bytes; the result is
+absent, or right to the last bit; what can be loaded in place is the old model or the new one, never a mixture; and the
+next call completes. Ends with the counts, or with an AssertionError.
 """
 
 from __future__ import annotations
@@ -58,34 +57,11 @@ def contents(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
-class Killer:
-    """Kills runs of a command, spread over the time that they take; that time is learnt from the runs."""
-
-    def __init__(self, draw: random.Random) -> None:
-        self.draw = draw
-        self.seconds: dict[bool, float] = {True: 1.0, False: 0.3}  # from the start, from the first file on
-
-    def __call__(self, arguments: list[str], folder: Path) -> bool:
-        """Whether the run was killed; ``folder`` is where it begins to write."""
-        from_start, start = self.draw.random() < 1 / 8, time.time()
-
-        def begun() -> bool:
-            try:
-                return any(p.stat().st_ctime > start for p in folder.rglob("*"))
-            except FileNotFoundError:  # it came or went meanwhile
-                return False
-
-        child = subprocess.Popen([sys.executable, "-c", RUN, *arguments, "--quiet"], stdout=subprocess.DEVNULL)
-        while not from_start and child.poll() is None and not begun():
-            time.sleep(0.0005)
-        end = time.perf_counter() + self.draw.uniform(0, self.seconds[from_start])
-        while time.perf_counter() < end and child.poll() is None:
-            time.sleep(0.0005)
-        child.send_signal(signal.SIGKILL)
-        dead = child.wait() == -signal.SIGKILL
-        assert dead or child.returncode == 0, f"the run failed with {child.returncode}"
-        self.seconds[from_start] *= 1.03 if dead else 0.9
-        return dead
+def killed(arguments: list[str], after: float) -> bool:
+    child = subprocess.Popen([sys.executable, "-c", RUN, *arguments, "--quiet"], stdout=subprocess.DEVNULL)
+    time.sleep(after)
+    child.send_signal(signal.SIGKILL)
+    return child.wait() == -signal.SIGKILL
 
 
 def loadable(path: Path) -> dict[str, np.ndarray] | None:
@@ -114,19 +90,19 @@ def main() -> None:
 
         Direction(vector).save(work / "q.safetensors")
         edit = ["--direction", str(work / "q.safetensors")]
+        start = time.perf_counter()
         subprocess.run(
             [sys.executable, "-c", RUN, "ablate", str(source), str(work / "right"), *edit, "--quiet"],
             check=True,
             stdout=subprocess.DEVNULL,
         )
+        took = time.perf_counter() - start
         before, old, new = contents(source), loadable(source), loadable(work / "right")
         shutil.copytree(source, place)
-        killed, kills, runs = Killer(draw), 0, 0
-        while kills < given.kills:
-            runs += 1
-            if runs % 2 == 0:
-                dead = killed(["ablate", str(source), str(out), *edit], work / ".out.abjure-partial")
-                kills += dead
+        for k in range(given.kills):
+            after = draw.uniform(0.2 * took, 1.05 * took)  # the first fifth is Python starting
+            if k % 2 == 0:
+                dead = killed(["ablate", str(source), str(out), *edit], after)
                 assert contents(source) == before, "the source changed"
                 partial = (work / ".out.abjure-partial").exists()
                 seen[
@@ -140,8 +116,7 @@ def main() -> None:
                     assert checkpoint.verify(out, progress=False)
                     shutil.rmtree(out)
                 continue
-            dead = killed(["ablate", str(place), "--in-place", *edit], place / ".abjure-journal")
-            kills += dead
+            dead = killed(["ablate", str(place), "--in-place", *edit], after)
             found = loadable(place)
             assert found is None or equal(found, old) or equal(found, new), "a mixture can be loaded"
             ended = checkpoint.recover(place)
@@ -154,7 +129,7 @@ def main() -> None:
         assert os.listdir(work)
     for (how, what, left), count in sorted(seen.items()):
         print(f"{count:4}  {how}: {what}: {left}")
-    print(f"{kills} kills in {runs} runs, nothing wrong")
+    print(f"{given.kills} kills, nothing wrong")
 
 
 if __name__ == "__main__":

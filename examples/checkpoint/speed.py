@@ -2,13 +2,12 @@
 
     python examples/checkpoint/speed.py [--gigabytes 2] [--folder /tmp] [--rounds 5] [--skip-transformers]
 
-Rows: `cp -r` of the directory; `cp -r` right after another was deleted, whose memory it finds (in a virtual machine the
-host has to provide fresh memory, which may take longer than the copy); `cp -r` and `sync`, which is what an edit
-promises (it returns when the copy is on the storage device); `abjure ablate` of all writers; the same with hashes of
-the edited alone; load, edit and save with transformers, in bfloat16 (one round). Every row is a process of its own, its
-imports included, with compiled modules as an installed package has; the rows take turns, from a warm page cache. Memory
-is the highest resident set of the process, Python included. Prints the best and the median of the rounds, and the
-throughput against `cp`: the quotient of the medians, and of the best.
+Rows: `cp -r` of the directory; `cp -r` and `sync`, which is what an edit promises (it returns when the copy is on the
+storage device); `abjure ablate` of all writers; the same with hashes of the edited alone; load, edit and save with
+transformers, in bfloat16 (one round). Every row is a process of its own, its imports included, with compiled modules as
+an installed package has; the rows take turns, from a warm page cache. Memory is the highest resident set of the
+process, Python included. Prints the best and the median of the rounds, and the throughput against `cp`: the quotient of
+the medians, and of the best.
 """
 
 from __future__ import annotations
@@ -183,15 +182,12 @@ def main() -> None:
             env={k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
             | {"PYTHONPYCACHEPREFIX": str(modules)},
         )
-        again = "cp -r, once more"
-        found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in ("cp -r", again, *rows)}
+        found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in rows}
         for k in range(given.rounds):
             order = list(rows.items())
             for name, (command, sync) in order[k % len(order) :] + order[: k % len(order)]:
                 if k == 0 or not name.startswith("transformers"):
                     found[name].append(timed(command, out, modules, sync))
-                if name == "cp -r":
-                    found[again].append(timed(command, out, modules, sync))
         shutil.rmtree(out, ignore_errors=True)
         best = {name: min(t for t, _ in runs) for name, runs in found.items()}
         median = {name: statistics.median(t for t, _ in runs) for name, runs in found.items()}

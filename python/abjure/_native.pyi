@@ -306,6 +306,67 @@ def ascend(
     plan: dict[str, Any],
     progress: Callable[[int], object] | None = None,
 ) -> tuple[list[float], list[tuple[int, float]], int, float]: ...
+def noise_add(
+    x: Any,
+    y: Any,
+    patterns: Any,
+    budget: tuple[str, float, float, float],
+    out: Any,
+    progress: Callable[[int], object] | None = None,
+) -> None: ...
+def noise_separable(
+    x: Any,
+    y: Any,
+    centroids: Any,
+    mixing: Any,
+    shape: tuple[int, int, int, int],
+    patch: int,
+    seed: int,
+    budget: tuple[str, float, float, float],
+    out: Any,
+    progress: Callable[[int], object] | None = None,
+) -> None: ...
+def noise_autoregressive(
+    x: Any,
+    y: Any,
+    filters: Any,
+    shape: tuple[int, int, int, int],
+    crop: int,
+    seed: int,
+    budget: tuple[str, float, float, float],
+    out: Any,
+    progress: Callable[[int], object] | None = None,
+) -> None: ...
+def noise_processes(
+    y: Any, filters: Any, shape: tuple[int, int, int, int], crop: int, seed: int
+) -> npt.NDArray[np.float32]: ...
+def noise_convolve(
+    x: Any,
+    y: Any,
+    kernels: Any,
+    shape: tuple[int, int, int, int],
+    high: float,
+    truncate: bool,
+    out: Any,
+    progress: Callable[[int], object] | None = None,
+) -> None: ...
+def noise_set_pixels(
+    x: Any,
+    y: Any,
+    places: list[int],
+    colours: Any,
+    per: int,
+    shape: tuple[int, int, int, int],
+    out: Any,
+    progress: Callable[[int], object] | None = None,
+) -> None: ...
+def noise_class_sums(
+    x: Any,
+    y: Any,
+    classes: int,
+    bounds: tuple[float, float],
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[int], npt.NDArray[np.float64], npt.NDArray[np.float64]]: ...
 
 # measure: matching
 def match_phrases(

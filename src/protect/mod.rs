@@ -10,6 +10,7 @@ pub mod ascent;
 pub mod bandwidth;
 pub mod cross;
 pub mod neighbours;
+pub mod noise;
 mod objective;
 pub mod pairs;
 mod points;

@@ -14,6 +14,7 @@ mod logprobs;
 mod long;
 mod matching;
 mod measure;
+mod noise;
 mod permitted;
 mod protect;
 mod recourse;
@@ -33,6 +34,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     experts::register(m)?;
     decoding::register(m)?;
     calibrate::register(m)?;
+    noise::register(m)?;
     protect::register(m)?;
     recourse::register(m)?;
     tree::register(m)?;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import noise
 from .ascent import Protected, maximize_bayes_error
 from .bayes import BayesError, Gradient, bandwidth, bayes_error, bayes_error_gradient, cover_hart
 from .bounds import (
@@ -46,6 +47,7 @@ from .recourse import (
     Recourse,
     robust_recourse,
 )
+from .survival import StressReport, stress
 
 __all__ = [
     "BayesError",
@@ -66,6 +68,7 @@ __all__ = [
     "ProtectedFolder",
     "Recourse",
     "SmoothedError",
+    "StressReport",
     "Verification",
     "anonymity",
     "bandwidth",
@@ -85,9 +88,11 @@ __all__ = [
     "minimization_front",
     "minimize_columns",
     "nearest_neighbour_bound",
+    "noise",
     "open_set_score",
     "protect_images",
     "read_folder",
     "robust_recourse",
     "smoothed_error",
+    "stress",
 ]

@@ -83,14 +83,7 @@ class Protected:
             ArgumentError: the clean data came in chunks and are no longer there.
         """
         self._need_clean()
-        if _interop.is_torch(self.x):
-            import torch
-
-            wide = {torch.uint8: torch.int16, torch.float64: torch.float64}.get(self.x.dtype, torch.float32)
-            return self.x.to(wide) - self.clean.to(wide)
-        x, clean = np.asarray(self.x), np.asarray(self.clean)
-        name = {"uint8": "int16", "float64": "float64"}.get(x.dtype.name, "float32")
-        return x.astype(name) - clean.astype(name)
+        return difference(self.x, self.clean)
 
     def _need_clean(self) -> None:
         if self.clean is None:
@@ -147,6 +140,18 @@ def _stored(x: Any) -> Array:
     if _interop.is_torch(x):
         return np.asarray(x.numpy())
     return x if isinstance(x, np.ndarray) else np.asarray(np.from_dlpack(x))
+
+
+def difference(x: Any, clean: Any) -> Any:
+    """``x - clean`` in the arithmetic type (int16 for uint8)."""
+    if _interop.is_torch(x):
+        import torch
+
+        wide = {torch.uint8: torch.int16, torch.float64: torch.float64}.get(x.dtype, torch.float32)
+        return x.to(wide) - clean.to(wide)
+    x, clean = np.asarray(x), np.asarray(clean)
+    name = {"uint8": "int16", "float64": "float64"}.get(x.dtype.name, "float32")
+    return x.astype(name) - clean.astype(name)
 
 
 def _pictures(protected: Protected, examples: int) -> list[list[Array]]:
@@ -716,7 +721,8 @@ class _Target:
 class _Bar:
     """A tqdm bar, a caller's own callback, or nothing."""
 
-    def __init__(self, progress: Any, total: int) -> None:
+    def __init__(self, progress: Any, total: int, name: str = "ascent", unit: str = "step") -> None:
+        self._name, self._unit = name, unit
         self._callback = progress if callable(progress) else None
         self._hidden = None if progress is None else not progress
         self._total = total
@@ -727,7 +733,7 @@ class _Bar:
             return self._callback
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=self._total, desc="ascent", unit="step", disable=self._hidden)
+        self._bar = tqdm(total=self._total, desc=self._name, unit=self._unit, disable=self._hidden)
         return self._show
 
     def _show(self, done: int) -> None:
