@@ -685,10 +685,10 @@ impl<R: Real> Kernel for Apart<'_, R> {
     fn run(self) {
         let (tiles, rest) = self.line.as_chunks::<SIDE>();
         for (k, tile) in tiles.iter().enumerate() {
-            for l in 0..SIDE {
+            for (l, by) in self.by.iter().enumerate() {
                 let out = &mut self.out[l * self.stride + k * SIDE..][..SIDE];
-                for p in 0..SIDE {
-                    out[p] = R::from_f64(f64::from(tile[p][l] * self.by[l]));
+                for (o, side) in out.iter_mut().zip(tile) {
+                    *o = R::from_f64(f64::from(side[l] * by));
                 }
             }
         }
@@ -873,11 +873,11 @@ impl<R: Real> Kernel for Correlate<'_, R> {
             tap(7),
             tap(8),
         ];
-        for i in 0..n {
+        for (i, o) in self.out.iter_mut().enumerate() {
             let a = k[0] * x[0][i] + k[1] * x[1][i] + k[2] * x[2][i];
             let b = k[3] * x[3][i] + k[4] * x[4][i] + k[5] * x[5][i];
             let c = k[6] * x[6][i] + k[7] * x[7][i] + k[8] * x[8][i];
-            self.out[i] = a + b + c;
+            *o = a + b + c;
         }
     }
 }
@@ -1124,9 +1124,9 @@ impl<T: Pixel> Kernel for Accumulate<'_, T> {
                     sum[i] += v;
                     square[i] += v * v;
                 };
-                match row[start..start + n].as_array::<LANES>() {
-                    Some(block) => (0..LANES).for_each(|i| each(i, block[i])),
-                    None => (0..n).for_each(|i| each(i, row[start + i])),
+                match <&[T; LANES]>::try_from(&row[start..start + n]) {
+                    Ok(block) => (0..LANES).for_each(|i| each(i, block[i])),
+                    Err(_) => (0..n).for_each(|i| each(i, row[start + i])),
                 }
             }
             for i in 0..n {
