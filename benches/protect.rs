@@ -8,6 +8,7 @@ use abjure::linalg::gemm::Gemm;
 use abjure::protect::ascent::{Against, Batch, Per, Plan, ascend};
 use abjure::protect::bandwidth;
 use abjure::protect::cross::{self, CentreGradient, Centres, Queries};
+use abjure::protect::noise::{self, Autoregressive, Dots, Image, Pixel, Separable, TAPS};
 use abjure::protect::project::{Limits, Norm};
 use abjure::protect::recourse::{Deletion, How, Loss};
 use abjure::protect::tree;
@@ -15,7 +16,7 @@ use abjure::protect::{
     LeaveOneOut, Objective, Points, Scalar, Singleton, Sorted, Spare, Spec, mean, pairs,
 };
 use abjure::view::{Rows, RowsMut};
-use common::{baseline, flops, group, ours, uniform};
+use common::{baseline, bytes, flops, group, ours, uniform};
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
 
@@ -252,8 +253,111 @@ fn trees(c: &mut Criterion) {
     g.finish();
 }
 
+/// One pass over images: bytes read and written, beside `copy`.
+fn noises<T: Pixel>(c: &mut Criterion, x: &[T], case: &str, top: f64) {
+    let image = Image {
+        planes: 1,
+        height: 28,
+        width: 28,
+        step: 1,
+    };
+    let n = x.len() / WIDTH;
+    let labels: Vec<u32> = (0..n).map(|i| (i * 7 % CLASSES) as u32).collect();
+    let rows = Rows::matrix(x, WIDTH);
+    let mut out = vec![T::default(); x.len()];
+    let never = Cancel::new();
+    let limits = Limits {
+        norm: Norm::Linf,
+        epsilon: EPSILON * top,
+        low: 0.0,
+        high: top,
+    };
+    let ball = Limits {
+        norm: Norm::L2,
+        epsilon: top,
+        ..limits
+    };
+    let signs: Vec<f64> = uniform(CLASSES * WIDTH, 2, -1.0, 1.0);
+    let patterns: Vec<T::Acc> = (signs.iter())
+        .map(|v| abjure::element::Real::from_f64(v.signum() * EPSILON * top))
+        .collect();
+    let centroids: Vec<f32> = uniform(CLASSES * 49, 3, -10.0, 10.0);
+    let mixing: Vec<f32> = uniform(CLASSES * 49 * 49, 4, -1.0, 1.0);
+    let filters = [0.1f32, 0.1, 0.3, -0.1, 0.05, 0.15, 0.1, 0.3].repeat(CLASSES);
+    assert_eq!(filters.len(), CLASSES * TAPS);
+    let kernels: Vec<f64> = uniform(CLASSES * 9, 5, 0.0, 1.0);
+    let places: Vec<usize> = (0..CLASSES).map(|c| c * 61).collect();
+    let colours = vec![top; CLASSES];
+    let moved = bytes(2 * size_of_val(x));
+
+    let mut g = group(c, "noise_class");
+    g.throughput(moved);
+    ours(&mut g, case, || {
+        let out = RowsMut::matrix(&mut out, WIDTH);
+        noise::add_class(black_box(&rows), &labels, &patterns, &limits, out, &never)
+    });
+    g.finish();
+    let mut g = group(c, "noise_separable");
+    g.throughput(moved);
+    ours(&mut g, case, || {
+        let plan = Separable {
+            centroids: &centroids,
+            mixing: &mixing,
+            image,
+            patch: 4,
+        };
+        let out = RowsMut::matrix(&mut out, WIDTH);
+        noise::add_separable(black_box(&rows), &labels, &plan, 1, &ball, out, &never)
+    });
+    g.finish();
+    let mut g = group(c, "noise_autoregressive");
+    g.throughput(moved);
+    ours(&mut g, case, || {
+        let plan = Autoregressive {
+            filters: &filters,
+            image,
+            crop: 4,
+        };
+        let out = RowsMut::matrix(&mut out, WIDTH);
+        noise::add_autoregressive(black_box(&rows), &labels, &plan, 1, &ball, out, &never)
+    });
+    g.finish();
+    let mut g = group(c, "noise_convolve");
+    g.throughput(moved);
+    ours(&mut g, case, || {
+        let out = RowsMut::matrix(&mut out, WIDTH);
+        let rows = black_box(&rows);
+        noise::convolve(rows, &labels, &kernels, &image, top, false, out, &never)
+    });
+    g.finish();
+    let mut g = group(c, "noise_set_pixels");
+    g.throughput(moved);
+    ours(&mut g, case, || {
+        let dots = Dots {
+            places: &places,
+            colours: &colours,
+            per: 1,
+            image,
+        };
+        let out = RowsMut::matrix(&mut out, WIDTH);
+        noise::set_pixels(black_box(&rows), &labels, &dots, out, &never)
+    });
+    g.finish();
+    let mut g = group(c, "noise_class_sums");
+    g.throughput(bytes(size_of_val(x)));
+    ours(&mut g, case, || {
+        noise::class_sums(black_box(&rows), &labels, CLASSES, (0.0, top), &never)
+    });
+    g.finish();
+}
+
 fn all(c: &mut Criterion) {
     common::machine(c);
+    let x: Vec<f32> = uniform(60_000 * WIDTH, 1, 0.0, 1.0);
+    noises(c, &x, "float32", 1.0);
+    let levels: Vec<u8> = x.iter().map(|v| (v * 255.0) as u8).collect();
+    noises(c, &levels, "uint8", 255.0);
+    drop((x, levels));
     common::matmul::<f32>(c);
     common::matmul::<f64>(c);
     objectives::<f32>(c, 4000);

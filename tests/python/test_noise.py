@@ -99,15 +99,17 @@ def test_class_mean_shift_is_the_sign_of_the_difference_of_means():
 
 
 def test_linearly_separable_noise_is_separable():
-    from sklearn.linear_model import LogisticRegression
-
     u, y = pictures(n=200, shape=(32, 32))
     x = (u / 255 * 0.5 + 0.25).astype(np.float32)
     got = noise.linearly_separable(x, y, patch=8)
     assert got.epsilon == pytest.approx(6 / 255 * 32)
     delta = got.delta.reshape(200, -1)
     assert np.sqrt((delta**2).sum(1)) == pytest.approx(got.epsilon, rel=1e-4)
-    assert LogisticRegression(max_iter=200).fit(delta[:100], y[:100]).score(delta[100:], y[100:]) == 1.0
+    # A linear rule made from half of the noise, the nearest mean, tells the other half's classes.
+    classes = np.unique(y)
+    means = np.stack([delta[:100][y[:100] == c].mean(0) for c in classes])
+    scores = delta[100:] @ means.T - 0.5 * (means**2).sum(1)
+    assert (classes[scores.argmax(1)] == y[100:]).all()
     signs = noise.linearly_separable(x, y, patch=8, epsilon=8 / 255, norm="linf").delta
     assert np.abs(signs) == pytest.approx(8 / 255, rel=1e-4)
 

@@ -26,7 +26,7 @@ def captioned(n=64, seed=0, shape=(1, 12, 12)):
 @pytest.fixture(scope="module")
 def generator():
     x, words = captioned(128)
-    return noise.train_text_generator(x, words, epsilon=32 / 255, rounds=50, batch_size=16, width=16, progress=False)
+    return noise.train_text_generator(x, words, epsilon=32 / 255, rounds=60, batch_size=16, width=16, progress=False)
 
 
 def test_any_callable_is_a_generator():
@@ -68,18 +68,20 @@ def test_encoders_trained_on_it_do_not_know_clean_images(generator):
 
     def retrieval(train):
         pair = noise.ContrastivePair((1, 12, 12), size=32, seed=7)
-        pair.fit(torch.from_numpy(train).float() / 255, words, epochs=8, batch_size=32)
+        pair.fit(torch.from_numpy(train).float() / 255, words, epochs=4, batch_size=32)
         return pair.retrieval(test, test_words), pair.retrieval(torch.from_numpy(train).float() / 255, words)
 
     clean, protected = retrieval(x), retrieval(got)
-    assert clean[0] > 0.8
-    assert protected[1] > 0.9
-    assert protected[0] < clean[0] - 0.2
+    # On the data with noise they find the captions at once, on clean images hardly: they learnt the noise.
+    assert clean[1] - clean[0] < 0.15
+    assert protected[1] > 0.95
+    assert protected[1] - protected[0] > 0.3
+    assert protected[0] < clean[0] - 0.1
 
 
 def test_training_is_deterministic_and_saves(generator, tmp_path):
     x, words = captioned(128)
-    again = noise.train_text_generator(x, words, epsilon=32 / 255, rounds=50, batch_size=16, width=16, progress=False)
+    again = noise.train_text_generator(x, words, epsilon=32 / 255, rounds=60, batch_size=16, width=16, progress=False)
     path = tmp_path / "generator.safetensors"
     again.save(path)
     back = noise.TextGenerator.load(path)

@@ -96,3 +96,35 @@ def test_two_gaussians_whose_bayes_error_is_known():
 
     assert neighbours(x) > 0.91
     assert neighbours(got.x) < 0.8
+
+
+def test_evidence_on_digits():
+    """The small form of `examples/protect/evidence.py`: fresh networks on clean, noisy and protected digits."""
+    import importlib.util
+    import sys
+    from pathlib import Path
+
+    pytest.importorskip("torch")
+    path = Path(__file__).parents[2] / "examples" / "protect" / "evidence.py"
+    spec = importlib.util.spec_from_file_location("abjure_example_protect_evidence", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        results = module.main(["--quick"])
+    finally:
+        torch.set_num_threads(threads)
+    for model in ("mlp", "cnn"):
+
+        def found(kind, level, model=model):
+            return results.accuracy("digits", level, kind, model, 0, "none")
+
+        assert found("clean", 0) > 0.95
+        assert found("random", 64) > 0.9
+        assert found("class", 64) < 0.6
+        assert found("class_mean_shift", 64) < 0.75
+    table = module.report(results, "digits")
+    assert "| class_mean_shift |" in table

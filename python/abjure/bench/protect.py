@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..protect import DeletionModel, bayes_error_gradient, maximize_bayes_error
+from ..protect import DeletionModel, bayes_error_gradient, maximize_bayes_error, noise
 from ..protect._trees import grow
 from . import plain
 from .timing import Row, compare
@@ -70,6 +70,7 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
             theirs,
             flops=steps * (2.0 if per == "class" else 4.0) * batch[0] * batch[1] * FEATURES,
         )
+    yield from _noise_rows(scale)
     yield from _full_steps(x, y, n)
     yield from _deletions(scale)
     yield _tree(scale)
@@ -144,3 +145,65 @@ def _full_steps(x: Array, y: Array, n: int) -> Iterator[Row]:
         whole,
         flops=SHARE * flops,
     )
+
+
+def _noise_rows(scale: float) -> Iterator[Row]:
+    """Noise in one pass over images of one size, written to an array that is there."""
+    import torch
+    from torch.nn import functional as F
+
+    n = max(int(50_000 * scale), 512)
+    x, y = _images(n)
+    x = x.reshape(n, 28, 28)
+    out = np.empty_like(x)
+    points, labels, target = torch.from_numpy(x), torch.from_numpy(y), torch.empty(n, 28, 28)
+    kernels = torch.rand(CLASSES, 1, 3, 3)
+    filters = noise.autoregressive_filters(CLASSES, channels=1, size=(28, 28))
+    taps = torch.from_numpy(filters)[labels, 0].T.contiguous()
+    corners = torch.randn(CLASSES, 49).sign() * 10
+
+    def means() -> object:
+        sums = torch.zeros(CLASSES, FEATURES).index_add_(0, labels, points.reshape(n, -1))
+        moved = (sums.roll(-1, 0) - sums).sign().reshape(CLASSES, 28, 28) / 32
+        return torch.clamp(points + moved[labels], 0, 1, out=target)
+
+    def patches() -> object:
+        features = corners[labels] + torch.randn(n, 49)
+        tiles = (features / features.norm(dim=1, keepdim=True) / 4).reshape(n, 7, 7)
+        spread = tiles.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        return torch.clamp(points + spread, 0, 1, out=target)
+
+    def processes() -> object:
+        plane = torch.randn(32, 32, n)
+        for i in range(2, 32):
+            for j in range(2, 32):
+                window = plane[i - 2 : i + 1, j - 2 : j + 1].reshape(9, n)[:8]
+                plane[i, j] = (window * taps).sum(0)
+        made = plane[4:, 4:].permute(2, 0, 1)
+        made = made / made.flatten(1).norm(dim=1)[:, None, None]
+        return torch.clamp(points + made, 0, 1, out=target)
+
+    def filtered() -> object:
+        for c in range(CLASSES):
+            own = labels == c
+            sums = F.conv2d(points[own][:, None], kernels[c : c + 1], padding=1)[:, 0]
+            target[own] = sums / sums.amax((1, 2), keepdim=True)
+        return target
+
+    def dots() -> object:
+        target.copy_(points)
+        target[torch.arange(n), labels, labels] = 1.0
+        return target
+
+    moved = 2 * x.nbytes
+    cases: list[tuple[str, Any, Any, int]] = [
+        # Means are a pass of their own, and so are the sums that pixels are chosen by.
+        ("class_mean_shift", lambda: noise.class_mean_shift(x, y, out=out), means, moved + x.nbytes),
+        ("linearly_separable", lambda: noise.linearly_separable(x, y, patch=4, out=out), patches, moved),
+        ("autoregressive", lambda: noise.autoregressive(x, y, filters=filters, out=out), processes, moved),
+        ("convolutional", lambda: noise.convolutional(x, y, out=out), filtered, moved),
+        ("one_pixel", lambda: noise.one_pixel(x, y, out=out), dots, moved + x.nbytes),
+    ]
+    for name, run, form, size in cases:
+        ours, theirs = compare(run, form, repeats=3)
+        yield Row(f"noise.{name}", f"{n} × 28 × 28, f32", ours, "torch", theirs, bytes=size)

@@ -81,7 +81,7 @@ def shuffled(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches of row numbers, each row once; a last batch of one row, which batch normalisation cannot take, is left
     out."""
     order = torch.randperm(n, generator=generator)
-    for rows in order.split(size):
+    for rows in torch.split(order, size):
         if len(rows) > 1 or n == 1:
             yield rows
 
@@ -158,7 +158,7 @@ def train(
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> float:
     """Share of rows whose largest output is their label."""
     model.eval()
-    hits = sum(
-        int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)
-    )
+    hits = 0
+    for a, b in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        hits += int((model(a).argmax(1) == b).sum())
     return hits / max(len(y), 1)
