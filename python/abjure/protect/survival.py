@@ -272,6 +272,7 @@ def grey(x: Tensor) -> Tensor:
 
 def median(x: Tensor, size: int = 3) -> Tensor:
     """The median of the ``size × size`` window around every value, edges repeated."""
+    import torch
     from torch.nn import functional as F
 
     pad = size // 2
@@ -279,18 +280,18 @@ def median(x: Tensor, size: int = 3) -> Tensor:
         raise ShapeError(f"treatments: expected images larger than {pad} pixels, got {tuple(x.shape[2:])}")
     wide = F.pad(x, (pad, pad, pad, pad), mode="replicate")
     parts = []
-    for part in wide.split(256):
+    for part in torch.split(wide, 256):
         window = part.unfold(2, size, 1).unfold(3, size, 1)
         parts.append(window.flatten(4).median(dim=4).values)
-    import torch
-
     return torch.cat(parts)
 
 
 def subtract_class_means(x: Tensor, y: Tensor, known_x: Tensor, known_y: Tensor, box: tuple[float, float]) -> Tensor:
     """Take from every class what its mean differs by from the mean of the clean samples one knows of it."""
     out = x.clone()
-    for c in y.unique():
+    for c in range(int(y.max()) + 1):
+        if not bool((y == c).any()):
+            continue
         out[y == c] -= x[y == c].mean(0) - known_x[known_y == c].mean(0)
     return out.clamp(*box)
 
@@ -504,7 +505,11 @@ class _Runs:
         self.classes = len(clean.classes)
         self.y = torch.from_numpy(clean.codes)
         self.test_y = torch.from_numpy(np.searchsorted(clean.classes, test.classes[test.codes]))
-        self.plain = {"clean": clean.planar(), "protected": published.planar(), "test": test.planar()}
+        self.plain: dict[str, Tensor] = {
+            "clean": clean.planar(),
+            "protected": published.planar(),
+            "test": test.planar(),
+        }
         for name, x in self.plain.items():
             least, most = float(x.min()), float(x.max())
             if not (self.box[0] - 1e-6 <= least and most <= self.box[1] + 1e-6 and bool(torch.isfinite(x).all())):

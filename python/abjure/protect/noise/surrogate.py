@@ -136,7 +136,8 @@ def error_minimizing(
 
     def delta(rows: Tensor) -> Tensor:
         part = noise[rows] if per == "sample" else noise[labels[rows]]
-        return (clean[rows] + part).clamp(low, high) - clean[rows]
+        moved: Tensor = (clean[rows] + part).clamp(low, high) - clean[rows]
+        return moved
 
     def endless() -> Any:
         while True:
@@ -153,7 +154,7 @@ def error_minimizing(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
             net.eval()
-            for part in members.split(batch_size):
+            for part in torch.split(members, batch_size):
                 own = delta(part)
                 for _ in range(steps):
                     own.requires_grad_(True)
@@ -166,13 +167,12 @@ def error_minimizing(
                     noise[part] = own
                 else:
                     codes = labels[part]
-                    for c in codes.unique():
+                    for c in np.unique(codes.numpy()):
                         noise[c] = own[codes == c].mean(0).clamp(-epsilon, epsilon)
             with torch.no_grad():
-                hits = sum(
-                    int((net(clean[rows] + delta(rows)).argmax(1) == labels[rows]).sum())
-                    for rows in torch.arange(n).split(512)
-                )
+                hits = 0
+                for rows in torch.split(torch.arange(n), 512):
+                    hits += int((net(clean[rows] + delta(rows)).argmax(1) == labels[rows]).sum())
             trace.append(1 - hits / n)
             if report is not None:
                 report(done)
@@ -275,7 +275,7 @@ def adversarial_poison(
     sign = -1.0 if target == "next" else 1.0
     low, high = data.box
     noise, trace = torch.zeros_like(clean), np.zeros(steps)
-    batches = torch.arange(len(labels)).split(batch_size)
+    batches = torch.split(torch.arange(len(labels)), batch_size)
     with _Bar(progress, len(batches), "adversarial poison", "batch") as report:
         for done, rows in enumerate(batches):
             images_, wanted = clean[rows], goal[rows]
