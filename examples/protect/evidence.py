@@ -297,7 +297,7 @@ class Evidence:
             return clean, y, test
         return x, y, test
 
-    def plan(self, budgets: list[float], seeds: int, models: list[str]) -> Iterator[tuple[Any, ...]]:
+    def plan(self, budgets: list[float], seeds: int, models: list[str], headline: bool) -> Iterator[tuple[Any, ...]]:
         """Arguments of :meth:`run`, the headline first."""
         first, *others = budgets
         every = list(kinds(self.x, self.y, first, True))
@@ -307,6 +307,8 @@ class Evidence:
         unseen = [m for m in networks_ if m != "cnn"]
         yield from ((k, first, m, s) for s in range(seeds) for k in main for m in unseen)
         yield from ((k, first, m, s) for s in range(seeds) for k in main for m in networks_)
+        if headline:
+            return
         yield from self.treatments(first, seeds)
         yield from ((k, first, m, 0) for k in rest for m in networks_)
         if "trees" in models:
@@ -401,6 +403,7 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", default="cnn,mlp,resnet,trees")
+    parser.add_argument("--headline", action="store_true", help="the smaller budget and the first kinds, nothing else")
     parser.add_argument("--minutes", type=float, help="stop after the run that ends later than this")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -427,7 +430,7 @@ def main(arguments: list[str] | None = None) -> Results:
             parser.error(f"--data: no Fashion-MNIST in {folder}; see the top of this file for where it comes from")
         run = Evidence("fashion", *fashion(folder, given.rows), results, given.out, given.epochs)
         budgets = [8 / 255, 16 / 255]
-    for job in run.plan(budgets, given.seeds, given.models.split(",")):
+    for job in run.plan(budgets, given.seeds, given.models.split(","), given.headline):
         run.run(*job)
         if time.monotonic() > end:
             break
