@@ -288,17 +288,17 @@ fn noises<T: Pixel>(c: &mut Criterion, x: &[T], case: &str, top: f64) {
     let kernels: Vec<f64> = uniform(CLASSES * 9, 5, 0.0, 1.0);
     let places: Vec<usize> = (0..CLASSES).map(|c| c * 61).collect();
     let colours = vec![top; CLASSES];
-    let moved = bytes(2 * size_of_val(x));
+    let moved = || bytes(2 * size_of_val(x));
 
     let mut g = group(c, "noise_class");
-    g.throughput(moved);
+    g.throughput(moved());
     ours(&mut g, case, || {
         let out = RowsMut::matrix(&mut out, WIDTH);
         noise::add_class(black_box(&rows), &labels, &patterns, &limits, out, &never)
     });
     g.finish();
     let mut g = group(c, "noise_separable");
-    g.throughput(moved);
+    g.throughput(moved());
     ours(&mut g, case, || {
         let plan = Separable {
             centroids: &centroids,
@@ -311,7 +311,7 @@ fn noises<T: Pixel>(c: &mut Criterion, x: &[T], case: &str, top: f64) {
     });
     g.finish();
     let mut g = group(c, "noise_autoregressive");
-    g.throughput(moved);
+    g.throughput(moved());
     ours(&mut g, case, || {
         let plan = Autoregressive {
             filters: &filters,
@@ -323,7 +323,7 @@ fn noises<T: Pixel>(c: &mut Criterion, x: &[T], case: &str, top: f64) {
     });
     g.finish();
     let mut g = group(c, "noise_convolve");
-    g.throughput(moved);
+    g.throughput(moved());
     ours(&mut g, case, || {
         let out = RowsMut::matrix(&mut out, WIDTH);
         let rows = black_box(&rows);
@@ -331,7 +331,7 @@ fn noises<T: Pixel>(c: &mut Criterion, x: &[T], case: &str, top: f64) {
     });
     g.finish();
     let mut g = group(c, "noise_set_pixels");
-    g.throughput(moved);
+    g.throughput(moved());
     ours(&mut g, case, || {
         let dots = Dots {
             places: &places,
