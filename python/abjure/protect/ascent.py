@@ -518,7 +518,7 @@ def maximize_bayes_error(
                 ascent = Ascent(climb)
                 state = ascent.run(report)
                 taken, checks, best, off = state.steps, state.checks, state.best_step, 0.0
-                with target as write:
+                with target.writing() as write:
                     ascent.publish(state, write)
                 result = target.result(x)
         if best == 0:
@@ -680,22 +680,24 @@ class _Target:
             if isinstance(stored, np.ndarray) and np.shares_memory(out, stored):
                 raise LayoutError("out: shares memory with x, which is still to be read")
 
-    def __enter__(self) -> Callable[[Any], object]:
-        self._stack = contextlib.ExitStack()
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Callable[[Any], object]]:
+        """Takes the rows in order, piece by piece; a file appears where the block ends without an error."""
         as_bytes, shape = is_bytes(self._stored), _interop.shape(self._stored, "x")
         if is_path(self._out):
             if str(self._stored.dtype).endswith("bfloat16"):
                 raise ArgumentError("out: .npy does not hold bfloat16; convert the data to float32 first")
-            file = self._stack.enter_context(open(self._stack.enter_context(replacing(self._out)), "wb"))
             dtype = np.dtype(str(self._stored.dtype).removeprefix("torch."))
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            with replacing(self._out) as temporary, open(temporary, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
 
-            def write(part: Any) -> None:
-                part = to_bytes(part) if as_bytes else part
-                file.write(np.ascontiguousarray(part.numpy() if _interop.is_torch(part) else part).data)
+                def write(part: Any) -> None:
+                    part = to_bytes(part) if as_bytes else part
+                    file.write(np.ascontiguousarray(part.numpy() if _interop.is_torch(part) else part).data)
 
-            return write
+                yield write
+            return
         self._array = self._out if self._out is not None else _interop.empty_like(self._stored)
         flat, at = self._array.reshape(shape[0], -1), 0
 
@@ -707,10 +709,7 @@ class _Target:
             flat[at : at + len(part)] = part
             at += len(part)
 
-        return put
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        yield put
 
     def result(self, x: Any) -> Any:
         if is_path(self._out):
