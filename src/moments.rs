@@ -18,12 +18,14 @@ use crate::{Error, Result, par};
 use std::ops::Range;
 
 /// Rows per partial sum.
-const CHUNK: usize = 256;
+const CHUNK: usize = 128;
 /// Rows added to a sum at once.
 const GROUP: usize = 8;
 /// Elements of each of those rows that are added before the next part: long enough for the hardware to follow the rows
 /// by itself, short enough for their sums to stay in the nearest cache.
 const PART: usize = 1024;
+/// Columns of a part that are added at once, without a look at how many are left.
+const COLUMNS: usize = 32;
 /// Centred rows held for one round of matrix products.
 const SLAB: usize = 512;
 /// Rows whose products may be summed in f32.
@@ -317,7 +319,7 @@ impl<T: Element> Kernel for ChunkSum<'_, T> {
         };
         out.add(self.x, self.weights.is_some());
         // A row that is not finite makes the sum so: only then is it worth looking for.
-        if out.sum.iter().all(|s| s.is_finite()) {
+        if !out.sum.iter().fold(false, |bad, s| bad | !s.is_finite()) {
             return out;
         }
         let (skipped, first_bad) = (&mut out.skipped, &mut out.first_bad);
@@ -374,12 +376,22 @@ fn add_part<T: Element, R: Real>(
     term: impl Fn(usize, T) -> R,
     widen: impl Fn(R) -> f64,
 ) {
-    let n = sum.len();
-    let [a, b, c, d, e, f, g, h] = rows.map(|r| &r[..n]);
-    for (j, s) in sum.iter_mut().enumerate() {
-        let x = |k: usize, row: &[T]| term(k, row[j]);
-        let low = (x(0, a) + x(1, b)) + (x(2, c) + x(3, d));
-        let high = (x(4, e) + x(5, f)) + (x(6, g) + x(7, h));
+    let n = sum.len() / COLUMNS;
+    let (blocks, rest) = sum.as_chunks_mut::<COLUMNS>();
+    let [a, b, c, d, e, f, g, h] = rows.map(|r| &r.as_chunks::<COLUMNS>().0[..n]);
+    for (j, s) in blocks.iter_mut().enumerate() {
+        let (a, b, c, d) = (&a[j], &b[j], &c[j], &d[j]);
+        let (e, f, g, h) = (&e[j], &f[j], &g[j], &h[j]);
+        for k in 0..COLUMNS {
+            let low = (term(0, a[k]) + term(1, b[k])) + (term(2, c[k]) + term(3, d[k]));
+            let high = (term(4, e[k]) + term(5, f[k])) + (term(6, g[k]) + term(7, h[k]));
+            s[k] += widen(low + high);
+        }
+    }
+    for (j, s) in (n * COLUMNS..).zip(rest) {
+        let x = |k: usize| term(k, rows[k][j]);
+        let low = (x(0) + x(1)) + (x(2) + x(3));
+        let high = (x(4) + x(5)) + (x(6) + x(7));
         *s += widen(low + high);
     }
 }
@@ -598,6 +610,30 @@ mod tests {
         assert_eq!(a.weight(), 5.0);
         assert!(close(a.mean(), &[3.2, 2.2], 1e-15));
         assert!(close(&a.second().unwrap(), &[14.8, 3.8, 3.8, 14.8], 1e-14));
+    }
+
+    #[test]
+    fn columns_do_not_depend_on_how_many_there_are() {
+        let (rows, width) = (24, 3 * COLUMNS + 5);
+        let value = |i: usize| bf16::from_f32((i as f32 * 0.37).sin() * 1e3);
+        let data: Vec<bf16> = (0..rows * width).map(value).collect();
+        let mean = |columns: Range<usize>| {
+            let part: Vec<bf16> = data
+                .chunks(width)
+                .flat_map(|row| row[columns.clone()].to_vec())
+                .collect();
+            let mut m = Moments::new(columns.len(), false);
+            let x = Rows::matrix(&part, columns.len());
+            m.update(&x, None, NonFinitePolicy::Error, &Cancel::new())
+                .unwrap();
+            m.mean
+        };
+        for_each_level(|_| {
+            let all = mean(0..width);
+            for columns in [0..7, 3..COLUMNS + 3, COLUMNS..width] {
+                assert_eq!(mean(columns.clone()), all[columns]);
+            }
+        });
     }
 
     #[test]

@@ -4,12 +4,12 @@
 //! number of threads changes the time and nothing else. The pool is separate from rayon's global one (which belongs
 //! to the host program) and is built again in a process that was forked, where the threads are gone.
 
-use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 struct Pool {
     pid: u32,
@@ -25,6 +25,9 @@ pub const SEQUENTIAL_BYTES: usize = 128 << 10;
 
 /// Bytes per work item that amortise scheduling while a pair of items still fits a core's private cache.
 pub const ITEM_BYTES: usize = 128 << 10;
+
+/// How long a caller that has run out of items stays awake for those of others.
+const SPIN: Duration = Duration::from_micros(100);
 
 fn default_threads() -> usize {
     let asked = std::env::var("ABJURE_NUM_THREADS")
@@ -106,6 +109,9 @@ fn pool() -> Option<Arc<Pool>> {
 }
 
 /// `f` of every item, in parallel where `bytes` of total work are worth it; results in the items' order.
+///
+/// The caller works too: it has the data in its cache and is awake, which matters for kernels that take less time than
+/// waking two threads one after the other.
 pub fn map<I: Send, R: Send>(
     bytes: usize,
     items: Vec<I>,
@@ -115,9 +121,72 @@ pub fn map<I: Send, R: Send>(
         && items.len() > 1
         && let Some(p) = pool()
     {
-        return p.pool.install(|| items.into_par_iter().map(f).collect());
+        let helpers = p.threads.min(items.len()) - 1;
+        let shared = Shared::new(items, p.threads);
+        let running = AtomicUsize::new(helpers);
+        p.pool.in_place_scope(|scope| {
+            for _ in 0..helpers {
+                scope.spawn(|_| {
+                    shared.work(&f);
+                    running.fetch_sub(1, Relaxed);
+                });
+            }
+            shared.work(&f);
+            // The others have an item each at most. Sleeping until they are done costs more than most items take.
+            let start = Instant::now();
+            while running.load(Relaxed) > 0 && start.elapsed() < SPIN {
+                std::hint::spin_loop();
+            }
+        });
+        return shared.results();
     }
     items.into_iter().map(f).collect()
+}
+
+/// Items that several threads take from, and what came of those taken.
+struct Shared<I, R> {
+    left: Mutex<std::iter::Enumerate<std::vec::IntoIter<I>>>,
+    done: Mutex<Vec<Option<R>>>,
+    threads: usize,
+}
+
+impl<I: Send, R: Send> Shared<I, R> {
+    fn new(items: Vec<I>, threads: usize) -> Self {
+        let done = items.iter().map(|_| None).collect();
+        Self {
+            left: Mutex::new(items.into_iter().enumerate()),
+            done: Mutex::new(done),
+            threads,
+        }
+    }
+
+    /// Takes neighbouring items, many at first and one in the end, until none are left.
+    fn work(&self, f: &(impl Fn(I) -> R + Sync)) {
+        loop {
+            let taken: Vec<(usize, I)> = {
+                let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+                let share = left.len() / (4 * self.threads);
+                left.by_ref().take(share.max(1)).collect()
+            };
+            if taken.is_empty() {
+                return;
+            }
+            let results: Vec<(usize, R)> =
+                taken.into_iter().map(|(i, item)| (i, f(item))).collect();
+            let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+            for (i, result) in results {
+                done[i] = Some(result);
+            }
+        }
+    }
+
+    fn results(self) -> Vec<R> {
+        let done = self
+            .done
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        done.into_iter().flatten().collect()
+    }
 }
 
 /// As [`map`], stopping at an error; of several errors the one with the lowest index is returned.

@@ -169,28 +169,32 @@ impl RefusalGate {
         Ok(Self(Gate::new(&categories, options)?))
     }
 
-    /// Decides and writes; `positions` per row 0 (nothing), 1 (the gate) or 2 (mask). Returns the verdicts.
+    /// Decides and writes, given how many response tokens each row has (a negative number: it is left alone): the gate is
+    /// at the first position or, with `every`, at all, and `mask` removes the tokens elsewhere. Returns the verdicts, None
+    /// where no row is at its gate.
     fn apply_<'py>(
         &self,
         py: Python<'py>,
         logits: &Bound<'py, PyAny>,
-        positions: Ids<'py>,
-    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        generated: Ids<'py>,
+        every: bool,
+        mask: bool,
+    ) -> PyResult<Option<Bound<'py, PyArray1<i64>>>> {
         let mut logits = batch(logits)?;
-        let positions = slice(&positions, "positions")?;
-        let positions: Vec<Position> = positions.iter().map(|p| position(*p)).collect();
+        let position = |n: &i64| match n {
+            0 => Position::Gate,
+            1.. if every => Position::Gate,
+            1.. if mask => Position::Mask,
+            _ => Position::Elsewhere,
+        };
+        let generated = slice(&generated, "generated")?;
+        let positions: Vec<Position> = generated.iter().map(position).collect();
+        let asked = positions.contains(&Position::Gate);
         with_dtype!(logits.dtype(), T => {
             let rows = logits.rows_mut::<T>()?;
-            Ok(py.detach(|| self.0.apply(rows, &positions))?.into_pyarray(py))
+            let verdicts = py.detach(|| self.0.apply(rows, &positions))?;
+            Ok(asked.then(|| verdicts.into_pyarray(py)))
         })
-    }
-}
-
-fn position(code: i64) -> Position {
-    match code {
-        1 => Position::Gate,
-        2 => Position::Mask,
-        _ => Position::Elsewhere,
     }
 }
 

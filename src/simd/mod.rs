@@ -15,7 +15,7 @@ mod mask;
 mod prefetch;
 mod reduce;
 mod sha256;
-pub use exp::{Exp, exp};
+pub use exp::{Exp, exp, exp2_rough};
 pub use lse::log_sum_exp;
 pub use mask::top_bits;
 pub use prefetch::prefetch;

@@ -29,6 +29,8 @@ def rows(scale: float = 1.0) -> Iterator[Row]:
             yield _projection(x, q[0], name, size)
             yield _ablation(x, q, name, size)
             yield _means(x, name, size)
+            if dtype == torch.bfloat16:
+                yield _reading(max(16, int(4096 * scale)), 2048)
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(max(64, int(4096 * scale)), 4096).to(dtype)
         yield _weights(weight, rng.standard_normal(len(weight)), str(dtype).removeprefix("torch."))
@@ -66,6 +68,15 @@ def _projection(x: Any, q: Any, name: str, size: int) -> Row:
 def _means(x: Any, name: str, size: int) -> Row:
     ours, theirs = compare(lambda: refuse.Contrast().update(x, 1), lambda: x.double().mean(0))
     return Row("Contrast.update", f"{len(x)}x{x.shape[1]} {name}", ours, "torch x.double().mean(0)", theirs, size)
+
+
+def _reading(n: int, d: int) -> Row:
+    """Against a sum of as many bytes of float32, which takes no more than reading them."""
+    import torch
+
+    x, words = torch.randn(n, d).bfloat16(), torch.randn(n, d // 2)
+    ours, theirs = compare(lambda: refuse.Contrast().update(x, 1), words.sum, repeats=21)
+    return Row("Contrast.update", f"{n}x{d} bfloat16", ours, "torch sum of as many bytes", theirs, 2 * x.numel())
 
 
 def _covariance(n: int, d: int) -> Row:

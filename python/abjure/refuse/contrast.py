@@ -24,6 +24,16 @@ _FORMAT = "abjure.contrast"
 _SETTINGS = ("covariance", "nonfinite", "winsorize", "layer", "site", "position")
 
 
+def _labels(label: Any, leading: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Labels 0 and 1 of rows, as one number or in their leading shape."""
+    labels: npt.NDArray[np.int64] = integers(label, "label").reshape(np.shape(label))
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ArgumentError(f"label: expected 0 or 1, got {np.setdiff1d(labels, (0, 1))[0]}")
+    if labels.ndim and labels.shape != leading:
+        raise ShapeError(f"label: expected a scalar or shape {leading}, got {labels.shape}")
+    return labels
+
+
 class Contrast:
     """Streaming mean (and covariance, where asked for) of two classes of activations, in float64.
 
@@ -113,20 +123,19 @@ class Contrast:
             raise DeviceError(f"x: expected a CPU tensor, got device {str(x.device)!r}; means are kept on the CPU")
         width = _width(x)
         rows = source(x, "x")
-        labels = integers(label, "label").reshape(np.shape(label))
-        if not ((labels == 0) | (labels == 1)).all():
-            raise ArgumentError(f"label: expected 0 or 1, got {np.setdiff1d(labels, (0, 1))[0]}")
-        if labels.ndim and labels.shape != tuple(rows.shape[:-1]):
-            raise ShapeError(f"label: expected a scalar or shape {tuple(rows.shape[:-1])}, got {labels.shape}")
+        # Between two layers of a model all caches are cold: one label for all rows is looked at without NumPy.
+        labels = None if isinstance(label, int) and label in (0, 1) else _labels(label, tuple(rows.shape[:-1]))
+        shared = int(label) if labels is None else int(labels) if labels.ndim == 0 else None
         if self._moments is not None and self._moments[0].width != width:
             raise ShapeError(f"x: expected a last axis of {self._moments[0].width}, got {width}")
         if self.winsorize is not None:
             rows = winsorized(rows, self.winsorize)
         skip = self.nonfinite == "skip"
         held = self._moments or (_native.Moments(width, self.covariance), _native.Moments(width, self.covariance))
-        if labels.ndim == 0:
-            skipped = held[int(labels)].update(rows, None, skip)
+        if shared is not None:
+            skipped = held[shared].update(rows, None, skip)
         else:
+            assert labels is not None
             # Both classes are read before either total changes.
             batch = [_native.Moments(width, self.covariance) for _ in range(2)]
             weights = [(labels.reshape(-1) == value).astype(np.float64) for value in (0, 1)]
@@ -136,7 +145,7 @@ class Contrast:
         self._moments = held
         self.skipped += skipped
         if self._reservoir is not None:
-            self._reservoir.update(rows, labels)
+            self._reservoir.update(rows, labels if shared is None else np.asarray(shared))
         return self
 
     def merge(self, other: Contrast) -> Contrast:

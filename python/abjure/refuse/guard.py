@@ -23,7 +23,7 @@ from .phrases import ForbiddenPhrases
 from .probe import RefusalProbe
 from .semantic import Encoder, SemanticMatcher, unit_rows
 from .token_bytes import TokenBytes
-from .tokens import expect_context
+from .tokens import expect_a_token, expect_context
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -536,6 +536,7 @@ class GuardProcessor:
             ShapeError: rows that are not a multiple of the prompts; otherwise as :class:`ForbiddenPhrases`.
         """
         expect_context(input_ids, scores)
+        expect_a_token(scores)
         rows, prompts = scores.shape[0], len(self._chosen)
         if rows == 0 or rows % prompts:
             raise ShapeError(f"scores: expected a multiple of the {prompts} prompts as rows, got {rows}")

@@ -306,6 +306,10 @@ class RefusalTokens:
         #: Verdict per row of the last call that asked: a category's index, or NO_FIRE, NOT_SELECTED, NOT_ASKED.
         self.verdicts: Any = None
         self._prompt = Prompt(prompt_length)
+        #: Tokens that a bias forbids.
+        self._bans = [
+            i for b, ids in zip(self.bias, self.categories.values(), strict=True) if b == -math.inf for i in ids
+        ]
         groups = list(self.categories.values())
         self._gate = _native.RefusalGate(groups, self.bias, self.threshold, rule, on_no_fire, self.temperature)
 
@@ -371,8 +375,10 @@ class RefusalTokens:
         Raises:
             ShapeError: a width that does not match ``vocab_size``.
         """
+        if self.vocab_size is None:
+            return scores
         width = shape(scores, "scores")[-1]
-        if self.vocab_size is None or width == self.vocab_size:
+        if width == self.vocab_size:
             return scores
         if width < self.vocab_size:
             raise ShapeError(f"scores: expected logits of {self.vocab_size} tokens, as the tokenizer has, got {width}")
@@ -416,32 +422,28 @@ class RefusalTokens:
         Raises:
             As the call.
         """
-        expect_a_token(scores)
         self._write(scores, generated)
 
     def _write(self, scores: Any, generated: Any) -> None:
-        seen = self.visible(scores)
-        asked = generated == 0 if self.position == "first" else generated >= 0
-        positions = asked.astype(np.int64)
-        if self.elsewhere == "mask":
-            positions[(generated > 0) & ~asked] = 2
-        if positions.any():
-            if -math.inf in self.bias:
-                self._expect_left(seen, np.flatnonzero(asked))
-            path = device_path(seen, "gate_")
-            if path is not None:
-                verdicts = path(seen, positions, self)
-            else:
-                with target(seen, "scores") as z:
-                    verdicts = self._gate.apply_(z, positions)
-            if asked.any():
-                self.verdicts = verdicts
+        seen, every, mask = self.visible(scores), self.position == "every", self.elsewhere == "mask"
+        if self._bans:
+            self._expect_left(seen, np.flatnonzero(generated >= 0 if every else generated == 0))
+        path = device_path(seen, "gate_")
+        if path is not None:
+            asked = generated >= 0 if every else generated == 0
+            verdicts = path(seen, np.where(asked, 1, np.where((generated > 0) & mask, 2, 0)), self)
+            verdicts = verdicts if asked.any() else None
+        else:
+            with target(seen, "scores") as z:
+                verdicts = self._gate.apply_(z, generated, every, mask)
+        if verdicts is not None:
+            self.verdicts = verdicts
         if seen is not scores:
             scores[np.flatnonzero(generated >= 0).tolist(), self.vocab_size :] = -math.inf
 
     def _expect_left(self, scores: Any, rows: Any) -> None:
         """Checks that biases of -inf do not take the only tokens of a row; the kernel adds biases without a look."""
-        banned = [i for b, ids in zip(self.bias, self.categories.values(), strict=True) if b == -math.inf for i in ids]
+        banned = self._bans
         if not (is_torch(scores) or isinstance(scores, np.ndarray)) or max(banned) >= scores.shape[1]:
             return  # the latter is an error of the kernel's
         for row in rows.tolist():
@@ -473,14 +475,12 @@ def expect_context(input_ids: Any, scores: Any) -> None:
     Raises:
         ShapeError: not ``(rows, length)`` ids and ``(rows, vocabulary)`` scores.
         DTypeError: not arrays.
-        DegenerateError: a row that has no token left before anything was written.
     """
     ids, z = shape(input_ids, "input_ids"), shape(scores, "scores")
     if len(z) != 2:
         raise ShapeError(f"scores: expected shape (rows, vocabulary), got {z}")
     if len(ids) != 2 or ids[0] != z[0]:
         raise ShapeError(f"input_ids: expected shape ({z[0]}, length), got {ids}")
-    expect_a_token(scores)
 
 
 def expect_a_token(scores: Any) -> None:

@@ -2,7 +2,7 @@
 
 use super::{is_poison, no_token_left, poison_error, token};
 use crate::element::{Element, Real};
-use crate::view::RowsMut;
+use crate::view::{Rows, RowsMut};
 use crate::{Error, Result, par};
 
 /// What a scattered write counts towards waking the pool. Beside a model's own threads that takes as long as thousands
@@ -153,6 +153,18 @@ pub fn survives<T: Element>(row: &[T], removed: impl Fn(u32) -> bool) -> bool {
     row.iter()
         .enumerate()
         .any(|(id, v)| v.load() > -T::Acc::INFINITY && !removed(id as u32))
+}
+
+/// Checks that each row has a token left, reading up to its first: a row of −∞ becomes NaN in every softmax after it.
+///
+/// # Errors
+/// `Degenerate` with the index of the first row that has none.
+pub fn expect_tokens<T: Element>(rows: &Rows<'_, T>) -> Result<()> {
+    let none = |i: &usize| !rows.row(*i).iter().any(|v| v.load() != -T::Acc::INFINITY);
+    match (0..rows.rows()).find(none) {
+        Some(i) => Err(no_token_left(i)),
+        None => Ok(()),
+    }
 }
 
 impl Row<'_> {

@@ -2,12 +2,12 @@
 //!
 //! A category's margin m is bounded by its gap g to the largest other logit, `g − ln(V − n) ≤ m ≤ g`, so one pass over
 //! the row for a maximum settles most rows (`m ≤ g ≤ m + ln(V − 1)` for one token). Only rows between the bounds need
-//! the log-sum-exp, and that stops as soon as the sum so far rules every category out. Bounds and partial sums are used
-//! with a slack far above rounding and far below any meaningful difference, so the verdict is always the one that the
-//! complete f64 margin gives.
+//! the log-sum-exp: first in f32, with the error that can have allowed for and only as far as the verdict is open, and in
+//! f64 where all of that leaves it so. Bounds and sums are used with a slack far above rounding and far below any meaningful
+//! difference, so the verdict is always the one that the complete f64 margin gives.
 
-use super::edits::{biased, check_entry, force_row};
-use super::reduce::{Groups, LogSum, Peak, SumExp, first_poison, gather};
+use super::edits::{biased, check_entry, expect_tokens, force_row};
+use super::reduce::{Groups, LogSum, Peaks, RoughSum, SumExp, first_poison, gather};
 use super::{LOGITS, no_token_left, token};
 use crate::element::{Element, Real};
 use crate::simd::dispatch;
@@ -245,7 +245,8 @@ impl Gate {
     fn verdict<T: Element>(&self, i: usize, row: &[T], held: &[f64]) -> Result<(i64, f64)> {
         let excluded = self.groups.union();
         let inverse_temperature = self.inverse_temperature();
-        let peak = dispatch(Peak { row, excluded }).ok_or_else(|| first_poison(i, row))?;
+        let peaks = dispatch(Peaks { row, excluded }).ok_or_else(|| first_poison(i, row))?;
+        let peak = largest(&peaks);
         if peak == f64::NEG_INFINITY && largest(held) == f64::NEG_INFINITY {
             return Err(no_token_left(i));
         }
@@ -257,6 +258,16 @@ impl Gate {
             return Ok((verdict, peak));
         }
         let excess = |c: &Candidate, sum: LogSum| c.excess(sum.plus(c.others).ln());
+        let mut rough = RoughSum::new(row, excluded, &peaks, inverse_temperature);
+        while rough.read_on() {
+            let (least, most) = rough.bounds();
+            let bounds = candidates
+                .iter()
+                .map(|c| (excess(c, most) - SLACK, excess(c, least) + SLACK));
+            if let Some(verdict) = settled(&candidates, &bounds.collect::<Vec<_>>()) {
+                return Ok((verdict, peak));
+            }
+        }
         let rest = dispatch(SumExp {
             row,
             excluded,
@@ -381,9 +392,10 @@ impl Gate {
         if let NoFire::Respond(id) = self.options.no_fire {
             token("on_no_fire", i64::from(id), width)?;
         }
+        let view = logits.as_rows();
+        expect_tokens(&view)?;
         let asked = positions.iter().filter(|p| **p == Position::Gate).count();
         let bytes = asked * width * size_of::<T>();
-        let view = logits.as_rows();
         let plans = par::try_map(bytes, (0..rows).collect(), |i| {
             self.plan(i, view.row(i), positions[i])
         })?;

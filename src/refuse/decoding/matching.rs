@@ -1,6 +1,6 @@
 //! What phrases write into rows of logits, whatever alphabet they are matched in.
 
-use super::edits::{check_entry, force_row, scattered};
+use super::edits::{check_entry, expect_tokens, force_row, scattered};
 use super::{LOGITS, is_poison, no_token_left, poison_error, token};
 use crate::element::{Element, Real};
 use crate::simd::prefetch;
@@ -124,6 +124,7 @@ pub fn apply<T: Element>(
     if let Some(id) = dead_end {
         token("eos_token_id", i64::from(id), width)?;
     }
+    expect_tokens(&logits.as_rows())?;
     let bytes = scattered(rows * matcher.writes());
     let mut runs = logits.into_runs(1);
     let mut edited = par::map(bytes, runs.iter_mut().collect(), |run| {
