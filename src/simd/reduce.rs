@@ -45,8 +45,15 @@ fn sum_by<const FROM_MEMORY: bool, T: Copy, U: Copy, R: Real>(
                 acc[i] += term(x[i], q[i]);
             }
         }
-        for ((a, x), q) in acc.iter_mut().zip(x_rest).zip(q_rest) {
-            *a += term(*x, *q);
+        if !x_rest.is_empty() {
+            // All lanes at once: reached one by one, up to a number known at run time, they would live in memory.
+            let mut terms = [R::ZERO; LANES];
+            for ((t, x), q) in terms.iter_mut().zip(x_rest).zip(q_rest) {
+                *t = term(*x, *q);
+            }
+            for i in 0..LANES {
+                acc[i] += terms[i];
+            }
         }
         total += tree(acc).to_f64();
     }
@@ -87,8 +94,12 @@ pub fn dots<T: Element>(x: &[T], q: [&[T::Acc]; 4]) -> [f64; 4] {
             }
         }
         for (acc, rest) in [(&mut a, p.1), (&mut b, q.1), (&mut c, r.1), (&mut d, s.1)] {
-            for ((a, x), q) in acc.iter_mut().zip(x_rest).zip(rest) {
-                *a += x.load() * *q;
+            let mut terms = [T::Acc::ZERO; LANES];
+            for ((t, x), q) in terms.iter_mut().zip(x_rest).zip(rest) {
+                *t = x.load() * *q;
+            }
+            for i in 0..LANES {
+                acc[i] += terms[i];
             }
         }
         for (total, acc) in totals.iter_mut().zip([a, b, c, d]) {

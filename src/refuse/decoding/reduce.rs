@@ -136,16 +136,21 @@ fn peak<T: Element>(block: &[T]) -> (T::Acc, bool) {
     let (chunks, rest) = block.as_chunks::<{ simd::LANES }>();
     for chunk in chunks {
         simd::prefetch(chunk, 2 * BLOCK, simd::LANES);
-        for ((h, l), v) in high.iter_mut().zip(&mut low).zip(chunk) {
-            let key = v.key();
-            *h = key.max(*h);
-            *l = key.min(*l);
+        for i in 0..simd::LANES {
+            let key = chunk[i].key();
+            high[i] = key.max(high[i]);
+            low[i] = key.min(low[i]);
         }
     }
-    for ((h, l), v) in high.iter_mut().zip(&mut low).zip(rest) {
-        let key = v.key();
-        *h = key.max(*h);
-        *l = key.min(*l);
+    if let Some(first) = rest.first() {
+        // As a whole chunk: lanes reached by a number known at run time only would live in memory all along.
+        let mut chunk = [*first; simd::LANES];
+        chunk[..rest.len()].copy_from_slice(rest);
+        for i in 0..simd::LANES {
+            let key = chunk[i].key();
+            high[i] = key.max(high[i]);
+            low[i] = key.min(low[i]);
+        }
     }
     // In halves: a fold over the lanes would take longer than the lanes took to fill.
     let mut width = simd::LANES / 2;
@@ -359,12 +364,16 @@ impl<T: Element> Kernel for RoughBlocks<'_, T> {
             let mut acc = [0.0; simd::LANES];
             let (chunks, rest) = block.as_chunks::<{ simd::LANES }>();
             for chunk in chunks {
-                for (a, v) in acc.iter_mut().zip(chunk) {
-                    *a += exp2_rough((v.load() - peak).to_f64() as f32 * scale);
+                for i in 0..simd::LANES {
+                    acc[i] += exp2_rough((chunk[i].load() - peak).to_f64() as f32 * scale);
                 }
             }
-            for (a, v) in acc.iter_mut().zip(rest) {
-                *a += exp2_rough((v.load() - peak).to_f64() as f32 * scale);
+            let mut terms = [0.0; simd::LANES];
+            for (term, v) in terms.iter_mut().zip(rest) {
+                *term = exp2_rough((v.load() - peak).to_f64() as f32 * scale);
+            }
+            for i in 0..simd::LANES {
+                acc[i] += terms[i];
             }
             total += acc.iter().map(|a| f64::from(*a)).sum::<f64>();
         }
