@@ -15,7 +15,7 @@ from abjure import _files, cli
 from abjure.errors import ArgumentError, DegenerateError, DTypeError, ShapeError
 from abjure.protect import Certificate, ClassPerturbation, maximize_bayes_error, protect_images, read_folder
 
-STEPS = {"steps": 4, "progress": False}
+STEPS = {"steps": 4, "progress": False, "certificate_subsamples": 0, "certificate_draws": 32}
 
 
 def pictures(per_class=6, side=16, classes=(3, 8)):
