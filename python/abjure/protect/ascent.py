@@ -632,7 +632,8 @@ def _source(x: Any, y: Any, key: str | None, out: Any) -> Iterator[tuple[Any, An
     chunks = not is_path(x) and not hasattr(x, "shape") and not isinstance(x, (list, tuple, int, float))
     if out is None:
         if is_path(x) or chunks:
-            raise ArgumentError("out: expected the path of a .npy file for data that are not in memory, got None")
+            found = f"the path {os.fspath(x)!r}" if is_path(x) else type(x).__name__
+            raise DTypeError(f"x: expected an array, or with out= a file or chunks to read it from, got {found}")
         if y is None:
             raise ArgumentError("y: expected labels, got None")
         yield x, y, None
