@@ -483,7 +483,7 @@ mod tests {
             }
             for bad in [
                 json!([0, 1]),
-                json!([1 << 40, 8, 1]),
+                json!([1u64 << 40, 8, 1]),
                 json!([0, 8, 1]),
                 json!(7),
             ] {
