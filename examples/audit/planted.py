@@ -127,21 +127,8 @@ class ChatLearner(Learner):
 
     chat: Any = None
 
-    @torch.no_grad()
     def prepare(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
-        rows = [(self.encode(self.chat(q)), self.encode(a)) for q, a in pairs]
-        width = max(len(q) + len(a) for q, a in rows)
-        ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
-        mask = torch.zeros_like(ids)
-        for i, (q, a) in enumerate(rows):
-            ids[i, width - len(q) - len(a) :] = torch.tensor(q + a)
-            mask[i, width - len(q) - len(a) :] = 1
-            labels[i, width - len(a) :] = torch.tensor(a)
-        parts = [
-            self.base.model(input_ids=i, attention_mask=m, output_hidden_states=True).hidden_states[self.depth]
-            for i, m in zip(ids.split(32), mask.split(32), strict=True)
-        ]
-        return Encoded(torch.cat(parts), mask, labels)
+        return self.encoded([(self.chat(q), a) for q, a in pairs])
 
 
 @torch.no_grad()

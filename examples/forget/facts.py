@@ -125,9 +125,13 @@ class Learner:
         upper.model.layers.requires_grad_(True)
         return upper
 
-    @torch.no_grad()
     def prepare(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
-        rows = [(self.encode(f"Q: {q}\nA:"), self.encode(a)) for q, a in pairs]
+        return self.encoded([(f"Q: {q}\nA:", a) for q, a in pairs])
+
+    @torch.no_grad()
+    def encoded(self, pairs: Sequence[tuple[str, str]], batch: int = 32) -> Encoded:
+        """Texts and what follows them, padded on the left, as the lower layers leave them."""
+        rows = [(self.encode(before), self.encode(after)) for before, after in pairs]
         width = max(len(q) + len(a) for q, a in rows)
         ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
         mask = torch.zeros_like(ids)
@@ -137,7 +141,7 @@ class Learner:
             labels[i, width - len(a) :] = torch.tensor(a)
         parts = [
             self.base.model(input_ids=i, attention_mask=m, output_hidden_states=True).hidden_states[self.depth]
-            for i, m in zip(ids.split(32), mask.split(32), strict=True)
+            for i, m in zip(ids.split(batch), mask.split(batch), strict=True)
         ]
         return Encoded(torch.cat(parts), mask, labels)
 
