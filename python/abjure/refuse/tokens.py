@@ -431,7 +431,8 @@ class RefusalTokens:
         path = device_path(seen, "gate_")
         if path is not None:
             asked = generated >= 0 if every else generated == 0
-            verdicts = path(seen, np.where(asked, 1, np.where((generated > 0) & mask, 2, 0)), self)
+            positions = np.where(asked, 1, np.where((generated > 0) & mask, 2, 0))
+            verdicts = path(seen, positions, self) if positions.any() else None
             verdicts = verdicts if asked.any() else None
         else:
             with target(seen, "scores") as z:
