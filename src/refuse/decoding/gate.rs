@@ -7,7 +7,7 @@
 //! difference, so the verdict is always the one that the complete f64 margin gives.
 
 use super::edits::{biased, check_entry, expect_tokens, force_row};
-use super::reduce::{Groups, LogSum, Peaks, RoughSum, SumExp, first_poison, gather};
+use super::reduce::{Groups, LogSum, Peaks, RoughSum, SumExp, first_poison, gather, largest};
 use super::{LOGITS, no_token_left, token};
 use crate::element::{Element, Real};
 use crate::simd::dispatch;
@@ -119,10 +119,6 @@ impl Candidate {
             self.excess(largest - SLACK),
         )
     }
-}
-
-fn largest(values: &[f64]) -> f64 {
-    values.iter().copied().fold(f64::NEG_INFINITY, f64::max)
 }
 
 /// Index of the largest, the first of several.
@@ -272,7 +268,6 @@ impl Gate {
             row,
             excluded,
             inverse_temperature,
-            enough: |sum| candidates.iter().all(|c| excess(c, sum) < -SLACK),
         })
         .ok_or_else(|| first_poison(i, row))?;
         let all: Vec<f64> = candidates.iter().map(|c| excess(c, rest)).collect();

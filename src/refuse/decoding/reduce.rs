@@ -72,6 +72,11 @@ impl FromIterator<f64> for LogSum {
     }
 }
 
+/// The largest value; −∞ of none.
+pub fn largest(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::NEG_INFINITY, f64::max)
+}
+
 /// The blocks of a row, the `excluded` entries (ascending) replaced by −∞. Not an iterator over closures: those would be
 /// compiled for the baseline only and called from the dispatched kernel.
 struct Blocks<'a, T> {
@@ -193,38 +198,15 @@ fn exp_sum<T: Element>(block: &[T], max: f64, inverse_temperature: f64) -> f64 {
     acc[0]
 }
 
-/// Largest entry of a row without the excluded ones; `None` if the row holds a NaN or +∞ among the rest.
-pub struct Peak<'a, T> {
-    pub row: &'a [T],
-    pub excluded: &'a [u32],
-}
-
-impl<T: Element> Kernel for Peak<'_, T> {
-    type Output = Option<f64>;
-    #[inline(always)]
-    fn run(self) -> Option<f64> {
-        let mut max = -T::Acc::INFINITY;
-        let mut nan = false;
-        let mut blocks = Blocks::new(self.row, self.excluded);
-        while let Some(block) = blocks.next() {
-            let (m, n) = peak(block);
-            max = m.greater(max);
-            nan |= n;
-        }
-        (!nan && max < T::Acc::INFINITY).then(|| max.to_f64())
-    }
-}
-
-/// Sum of the exponentials of a row without the excluded entries, at a temperature. Stops early once `enough` says so
-/// of the sum so far. `None` if what was read holds a NaN or +∞.
-pub struct SumExp<'a, T, F> {
+/// Sum of the exponentials of a row without the excluded entries, at a temperature; `None` if they hold a
+/// NaN or +∞.
+pub struct SumExp<'a, T> {
     pub row: &'a [T],
     pub excluded: &'a [u32],
     pub inverse_temperature: f64,
-    pub enough: F,
 }
 
-impl<T: Element, F: FnMut(LogSum) -> bool> Kernel for SumExp<'_, T, F> {
+impl<T: Element> Kernel for SumExp<'_, T> {
     type Output = Option<LogSum>;
     #[inline(always)]
     fn run(self) -> Option<LogSum> {
@@ -232,7 +214,6 @@ impl<T: Element, F: FnMut(LogSum) -> bool> Kernel for SumExp<'_, T, F> {
             row,
             excluded,
             inverse_temperature,
-            mut enough,
         } = self;
         let mut total = LogSum::EMPTY;
         let mut blocks = Blocks::new(row, excluded);
@@ -249,9 +230,6 @@ impl<T: Element, F: FnMut(LogSum) -> bool> Kernel for SumExp<'_, T, F> {
                 max: max * inverse_temperature,
                 sum: exp_sum(block, max, inverse_temperature),
             });
-            if enough(total) {
-                break;
-            }
         }
         Some(total)
     }
@@ -298,7 +276,7 @@ pub const ROUGH: f64 = 2e-4;
 impl<'a, T: Element> RoughSum<'a, T> {
     /// Nothing read yet, of a row whose blocks have these largest entries.
     pub fn new(row: &'a [T], excluded: &'a [u32], peaks: &[f64], inverse_temperature: f64) -> Self {
-        let peak = peaks.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let peak = largest(peaks);
         let mut left = vec![0.0; peaks.len() + 1];
         for (b, block) in row.chunks(BLOCK).enumerate().rev() {
             let most = ((peaks[b] - peak) * inverse_temperature).exp();
@@ -480,7 +458,7 @@ impl Groups {
     }
 }
 
-/// Finds what [`Peak`] or [`SumExp`] found unsound.
+/// Finds what [`Peaks`] or [`SumExp`] found unsound.
 pub fn first_poison<T: Element>(i: usize, row: &[T]) -> Error {
     match row.iter().position(|v| is_poison(*v)) {
         Some(at) => poison_error(i, row.len(), at, row[at]),
@@ -518,7 +496,6 @@ pub fn row_lse<T: Element>(logits: &Rows<'_, T>, temperature: f64) -> Result<Vec
             row,
             excluded: &[],
             inverse_temperature,
-            enough: |_| false,
         });
         match sum {
             Some(sum) if sum != LogSum::EMPTY => Ok(sum.ln()),
@@ -559,7 +536,6 @@ pub fn margins<T: Element>(
             row,
             excluded: groups.union(),
             inverse_temperature,
-            enough: |_| false,
         })
         .ok_or_else(|| first_poison(i, row))?;
         let margin = |k| {
@@ -585,14 +561,14 @@ pub fn margins<T: Element>(
 /// As [`margins`].
 pub fn max_gaps<T: Element>(logits: &Rows<'_, T>, groups: &Groups) -> Result<Vec<f64>> {
     groups.expect_width("groups", logits.width())?;
-    let largest = |v: &[f64]| v.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let rows = by_row(logits, |i, row| {
         let held = gather(i, row, groups.union())?;
-        let rest = dispatch(Peak {
+        let peaks = dispatch(Peaks {
             row,
             excluded: groups.union(),
         })
         .ok_or_else(|| first_poison(i, row))?;
+        let rest = largest(&peaks);
         if rest.max(largest(&held)) == f64::NEG_INFINITY {
             return Err(no_token_left(i));
         }
@@ -678,7 +654,6 @@ mod tests {
                         row,
                         excluded,
                         inverse_temperature,
-                        enough: |_| false,
                     });
                     let exact = exact.unwrap().ln();
                     let peaks = dispatch(Peaks { row, excluded }).unwrap();
